@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
-from pipeline.inference.shipped_bundles import SHIPPED
+from pipeline.config.shipped_bundles import SHIPPED
 from pipeline.serving.settings import ServerSettings
 
 _OTHER_REQUESTS = 64

@@ -236,8 +236,8 @@ def push_command(*, bundle: str, to: str, private: bool = False) -> None:
         to: repository user/name; made where there is none
         private: make it a private one
     """
+    from pipeline.config.shipped_bundles import bundle_folder
     from pipeline.inference.hub import push_bundle
-    from pipeline.inference.shipped_bundles import bundle_folder
 
     address = push_bundle(bundle_folder(bundle), to, private=private or None)
     print_rank0(f"pushed to {address}\nnext: minidalle generate --bundle {to} 'your prompt'")

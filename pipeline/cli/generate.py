@@ -69,8 +69,8 @@ def generate_command(
         batch_size: images at a time
         truncate: truncate prompts that are too long
     """
+    from pipeline.config.shipped_bundles import shipped_bundle
     from pipeline.inference.prompt_file import Prompt, read_prompts
-    from pipeline.inference.shipped_bundles import shipped_bundle
 
     if not prompt and prompts is None:
         raise UsageError("no prompt was given; add one in quotes, or --prompts FILE")

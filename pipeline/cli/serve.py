@@ -54,7 +54,7 @@ def serve_command(
         raise UsageError(
             f"a server needs the package {error.name}; install it: pip install 'mini-dalle[serve]'"
         ) from error
-    from pipeline.inference.shipped_bundles import shipped_bundle
+    from pipeline.config.shipped_bundles import shipped_bundle
 
     settings = ServerSettings(
         host=host,

@@ -52,8 +52,8 @@ class TokenizerSection:
     train: TrainConfig = field(default_factory=TrainConfig)
     """How it is trained."""
     init_from: str | None = None
-    """A bundle, a run's folder or a tokenizer's folder whose weights it starts from. Settings of
-    `model` that are left out follow."""
+    """A bundle, a run's folder or a tokenizer's folder whose weights it starts from; or `icons`,
+    the bundle of the package. Settings of `model` that are left out follow."""
     frozen: bool = False
     """Take the tokenizer of `init_from` as it is: nothing is trained, and a prior that knows its
     codes can be started from."""
@@ -120,9 +120,9 @@ class PriorSection:
     train: PriorTrainConfig = field(default_factory=PriorTrainConfig)
     """How it is trained."""
     init_from: str | None = None
-    """A bundle, a run's folder or a prior's folder whose weights and vocabulary it starts from;
-    needs `tokenizer.frozen`. Settings of `model`, `text.max_length` and random orders follow where
-    they are left out."""
+    """A bundle, a run's folder or a prior's folder whose weights and vocabulary it starts from; or
+    `icons`, the bundle of the package; needs `tokenizer.frozen`. Settings of `model`,
+    `text.max_length` and random orders follow where they are left out."""
     lora_rank: int = 0
     """Rank of the matrices that LoRA trains next to each matrix of the blocks (Hu et al. 2021), by
     peft, and nothing else; 0 trains everything."""

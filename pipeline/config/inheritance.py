@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pipeline.config.experiment import to_dict
 from pipeline.config.json_file import read_json
+from pipeline.config.shipped_bundles import bundle_folder
 from stage1_tokenizer import TokenizerConfig
 from stage1_tokenizer.file_checks import build_config
 from stage2_prior import PriorConfig, StreamConfig
@@ -22,11 +23,14 @@ _REMEDY = "copy it again"
 def stage_folder(given: str | Path, stage: Stage) -> Path:
     """The folder of a stage in a bundle or a run, or the one that is given itself.
 
+    Args:
+        given: a path, or the name of a bundle that comes with the package.
+
     Raises:
         FileNotFoundError: there is no such stage, or it is not finished.
         ValueError: it is the other stage's folder, or has a prior of Gaussian latents.
     """
-    folder = Path(given)
+    folder = bundle_folder(given)
     if not (folder / _CONFIG).is_file():
         folder = folder / stage
     if not (folder / _CONFIG).is_file():

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.config.shipped_bundles import bundle_folder
 from pipeline.inference.bundle import Bundle, read_bundle
-from pipeline.inference.shipped_bundles import bundle_folder
 from stage1_tokenizer.hub import may_be_on_hub, model_folder, push_folder
 
 _FILES = [

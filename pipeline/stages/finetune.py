@@ -26,6 +26,7 @@ from pipeline.config.inheritance import (
     stage_folder,
 )
 from pipeline.config.json_file import read_json
+from pipeline.config.shipped_bundles import bundle_folder
 from pipeline.config.train import TrainConfig
 from pipeline.inference.bundle import file_fingerprint
 from pipeline.runtime.atomic_io import atomic_write_dir
@@ -211,7 +212,7 @@ def parent_bundle(experiment: Experiment) -> Path | None:
     """The bundle that a run starts from, or the bundle of the run that it starts from; None where
     there is none, or its images have another size."""
     for given in filter(None, (experiment.prior.init_from, experiment.tokenizer.init_from)):
-        folder = Path(given)
+        folder = bundle_folder(given)
         for place in (folder, folder / "bundle", folder.parent, folder.parent / "bundle"):
             if (place / "pipeline.json").is_file():
                 trained_at = saved_tokenizer_config(place / "tokenizer").image_size

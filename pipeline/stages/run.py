@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.experiment import Experiment, to_dict
+from pipeline.config.shipped_bundles import bundle_folder
 from pipeline.data.builtin.icons import licences, styles_and_names
 from pipeline.data.codes.dataset import MANIFEST, CodesDataset, read_manifest
 from pipeline.data.load import load_source
@@ -90,7 +91,7 @@ def _prompts_and_licences(
         styles, names = styles_and_names(experiment.data)
         return KnownPrompts(tuple(styles), tuple(names)), licences(experiment.data)
     if experiment.prior.init_from and teaches_style(experiment.data):
-        return with_new_style(Path(experiment.prior.init_from), experiment.data)
+        return with_new_style(bundle_folder(experiment.prior.init_from), experiment.data)
     return None, []
 
 

@@ -259,7 +259,7 @@ def _icons_of(config: DataConfig) -> tuple[tuple[Icon, ...], tuple[str, ...]]:
     return load_icons(own.folder, tuple(own.sets), own.annotations, config.size[0], config.workers)
 
 
-def _split(everything: Sequence[Icon], split: str, untoned_repeats: int) -> list[Icon]:
+def _split(everything: Sequence[Icon], split: str, untoned_repeats: int = 1) -> list[Icon]:
     """The drawings of a split: those to train on, or those that training is validated by."""
     trained = [icon for icon in everything if cell_of(icon.key, icon.style).kind == "train"]
     validation = [icon for icon in everything if _is_tuning(icon)]

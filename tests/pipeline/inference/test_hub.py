@@ -224,7 +224,7 @@ def test_commands_take_names_of_the_hub(hub, saved, tmp_path, monkeypatch, capsy
 def test_a_bundle_of_the_package_is_pushed_by_its_name(hub, saved, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.token)
     package = tmp_path / "package"  # the working directory is tmp_path
-    monkeypatch.setattr("pipeline.inference.shipped_bundles.FOLDER", package)
+    monkeypatch.setattr("pipeline.config.shipped_bundles.FOLDER", package)
     shutil.copytree(saved, package / "icons")
     assert main(["push", "--bundle", "icons", "--to", "user/mine"]) == 0
     assert set(hub.files("user/mine")) == {*PARTS, "README.md", ".gitattributes"}

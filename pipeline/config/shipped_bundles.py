@@ -5,10 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from pipeline.runtime.log import on_main_process
-
 _log = logging.getLogger(__name__)
-_log.addFilter(on_main_process)
 
 FOLDER = Path(__file__).parent.parent / "bundles"
 """Where they lie: package data."""

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pipeline.inference.shipped_bundles as shipped
+import pipeline.config.shipped_bundles as shipped
 from pipeline.cli.main import main
 from pipeline.config.experiment import to_dict
+from pipeline.config.inheritance import stage_folder
 from pipeline.config.load import load_experiment, load_values
+from pipeline.config.shipped_bundles import bundle_folder
 from pipeline.inference.bundle import read_description
 from pipeline.inference.pipeline import TextToImagePipeline
-from pipeline.inference.shipped_bundles import bundle_folder
+from pipeline.stages.finetune import check_init_from, parent_bundle, tokenizer_identity
 from tests.helpers.cli import fails
 from tests.helpers.pipelines import tiny_icons_pipeline, tiny_pipeline
 
@@ -59,6 +61,19 @@ def test_other_commands_take_the_name(package_data, capsys):
     again = ["decompress", "image.mdc", "--bundle", "icons", "--out", "again.png"]
     assert main(again) == 0
     assert Path("again.png").is_file()
+
+
+def test_a_training_starts_from_it_by_its_name(package_data):
+    start = {"init_from": "icons", "frozen": True}
+    values = {"name": "more", "tokenizer": start, "prior": {"init_from": "icons"}}
+    experiment = load_values({"data": {"source": "icons"}} | values, [])
+    pipe = TextToImagePipeline.from_pretrained("icons")
+    assert experiment.tokenizer.model == pipe.tokenizer.own_config
+    assert experiment.prior.model == pipe.prior.own_config
+    check_init_from(experiment.tokenizer, experiment.prior, experiment.text.max_length)
+    assert tokenizer_identity(experiment.tokenizer) == pipe.tokenizer.fingerprint
+    assert stage_folder("icons", "prior") == package_data / "icons/prior"
+    assert parent_bundle(experiment) == package_data / "icons"
 
 
 def test_a_bundle_of_that_name_here_comes_first_and_is_reported(package_data, caplog):
