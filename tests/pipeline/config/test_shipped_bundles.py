@@ -14,7 +14,7 @@ import pytest
 import pipeline.config.shipped_bundles as shipped
 from pipeline.cli.main import main
 from pipeline.config.experiment import to_dict
-from pipeline.config.inheritance import stage_folder
+from pipeline.config.inheritance import saved_prior_config, stage_folder
 from pipeline.config.load import load_experiment, load_values
 from pipeline.config.shipped_bundles import bundle_folder
 from pipeline.inference.bundle import read_description
@@ -69,7 +69,7 @@ def test_a_training_starts_from_it_by_its_name(package_data):
     experiment = load_values({"data": {"source": "icons"}} | values, [])
     pipe = TextToImagePipeline.from_pretrained("icons")
     assert experiment.tokenizer.model == pipe.tokenizer.own_config
-    assert experiment.prior.model == pipe.prior.own_config
+    assert experiment.prior.model == saved_prior_config(package_data / "icons/prior")[0]
     check_init_from(experiment.tokenizer, experiment.prior, experiment.text.max_length)
     assert tokenizer_identity(experiment.tokenizer) == pipe.tokenizer.fingerprint
     assert stage_folder("icons", "prior") == package_data / "icons/prior"
