@@ -11,13 +11,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from pipeline.serving.errors import install_handlers
 from pipeline.serving.image_routes import image_router
 from pipeline.serving.images import ImageService
 from pipeline.serving.metrics import Metrics
-from pipeline.serving.middleware import Limits, RequestLog, Tokens
+from pipeline.serving.middleware import Hosts, Limits, RequestLog, Tokens
 from pipeline.serving.own_routes import own_router
 from pipeline.serving.schemas import ErrorResponse
 from pipeline.serving.state import ServerState
@@ -98,8 +97,6 @@ def create_app(
     app.add_middleware(Limits, max_bytes=int(settings.max_body_mb * 1e6))
     app.add_middleware(Tokens, tokens=tokens)
     if settings.is_loopback:
-        # A page of another site whose name leads here would have this site's rights.
-        hosts = ["localhost", "127.0.0.1", "[::1]", settings.host]
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+        app.add_middleware(Hosts, names=["localhost", "127.0.0.1", "::1", settings.host])
     app.add_middleware(RequestLog, metrics=metrics)
     return app

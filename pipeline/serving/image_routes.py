@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
 from typing import Annotated, Any, get_args
@@ -26,6 +27,8 @@ from pipeline.serving.schemas import (
     VariationFields,
 )
 from pipeline.serving.store import ImageStore
+
+_log = logging.getLogger(__name__)
 
 _IMAGES: dict[str, Any] = {
     "response_model": ImagesResponse,
@@ -75,6 +78,8 @@ def image_router(service: ImageService, metrics: Metrics) -> APIRouter:
 
     async def respond(request: Request, coming: Awaitable[Work], kind: str) -> Response:
         work = await coming
+        if service.settings.log_prompts:
+            _log.info("%s prompt %r", request.state.request_id, work.settings["prompt"])
         job = service.start(work)
         if work.fields.stream:
             events = stream(request, work, job, kind)

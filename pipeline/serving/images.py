@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import logging
 import math
 import secrets
 import time
@@ -42,8 +41,6 @@ from pipeline.serving.schemas import (
 from pipeline.serving.settings import ServerSettings
 from stage1_tokenizer.pixels import has_alpha, image_array, to_rgb
 from stage2_prior import Samples, joined_samples
-
-_log = logging.getLogger(__name__)
 
 _GREY = 128
 _MAX_UPLOAD_PIXELS = 2**24
@@ -259,8 +256,6 @@ class ImageService:
         warnings: tuple[str, ...] = ()
         if self.pipe.known_prompts is not None:
             warnings = tuple(await self.in_thread(self.pipe.known_prompts.problems, prompt))
-        if self.settings.log_prompts:
-            _log.info("prompt %r", prompt)
         settings = settings | {"bundle": self.name, "seed": seed}
         settings |= {k: v for k, v in fields.sampling().items() if v is not None}
         return Work(plan, fields, seed, settings, warnings=warnings, **options)

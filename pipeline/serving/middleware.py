@@ -1,5 +1,5 @@
-"""What happens to every request: an id, a line in the log, metrics, a bearer token, limits on the
-body and on slow clients. Knows HTTP; nothing of images."""
+"""What happens to every request: an id, a line in the log, metrics, a check of the host that it
+names, a bearer token, limits on the body and on slow clients. Knows HTTP; nothing of images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -71,6 +72,32 @@ class RequestLog:
             self.metrics.requests.labels(path, scope["method"], str(status)).inc()
             self.metrics.seconds.labels(path).observe(seconds)
             _log.info("%s %s %s %d in %.0f ms", name, scope["method"], path, status, seconds * 1e3)
+
+
+class Hosts:
+    """Refuses requests to other hosts than those of this machine. A page of another site whose name
+    leads here would have the rights of this one's."""
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self.app = app
+        self.names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._name(scope) not in self.names:
+            message = "this server answers to its own machine's names; use localhost or 127.0.0.1"
+            error = ApiError(400, message, code="invalid_host")
+            await JSONResponse(error.body(), error.status)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    @staticmethod
+    def _name(scope: Scope) -> str | None:
+        """The host of a request without its port, in lower case; None where it has none."""
+        header = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+        try:
+            return urlsplit(f"//{header}").hostname
+        except ValueError:  # no closing bracket
+            return None
 
 
 class Tokens:

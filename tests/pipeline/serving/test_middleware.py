@@ -40,8 +40,8 @@ def test_prompts_are_not_logged_unless_asked(caplog):
         client.post(URL, json=HEART)
         assert "heart" not in caplog.text
     with client_of(log_prompts=True) as client:
-        client.post(URL, json=HEART)
-    assert "prompt 'a red heart'" in caplog.text
+        client.post(URL, json=HEART, headers={"x-request-id": "mine-2"})
+    assert "mine-2 prompt 'a red heart'" in caplog.text
 
 
 def test_tokens_are_needed_but_for_the_page_and_health():
@@ -78,9 +78,17 @@ def test_a_body_whose_length_is_too_large_is_refused_before_it_comes():
     assert answer.startswith(b"HTTP/1.1 413")
 
 
-def test_other_hosts_are_refused_on_the_loopback(client):
-    response = client.get("/healthz", headers={"host": "evil.example"})
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8000", "[::1", ""])
+def test_other_hosts_are_refused_on_the_loopback(client, host):
+    response = client.get("/healthz", headers={"host": host})
     assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "invalid_host" and "use localhost or 127.0.0.1" in error["message"]
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:8000", "127.0.0.1:8000", "[::1]:8000"])
+def test_this_machine_s_hosts_are_answered(client, host):
+    assert client.get("/healthz", headers={"host": host}).status_code == 200
 
 
 def test_unknown_paths_and_methods(client):
