@@ -7,6 +7,7 @@ There is no `from __future__ import annotations` here: Ray looks at the class of
 import logging
 import os
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it when it starts
 
@@ -32,7 +33,7 @@ class Arguments(BaseModel):
     """A folder that every machine has, a name in the package, or `user/name` of the Hub."""
     host: str = ServerSettings.host
     """Address that Ray's proxies listen at, as in `http_options`."""
-    slots: int = ServerSettings.slots
+    slots: int | Literal["auto"] = "auto"
     max_waiting: int = ServerSettings.max_waiting
     max_images: int = ServerSettings.max_images
     max_prompt: int = ServerSettings.max_prompt
@@ -59,7 +60,7 @@ class Arguments(BaseModel):
         """Of each replica."""
         return ServerSettings(
             host=self.host,
-            slots=self.slots,
+            slots=ServerSettings.slots if self.slots == "auto" else self.slots,
             max_waiting=self.max_waiting,
             max_images=self.max_images,
             max_prompt=self.max_prompt,

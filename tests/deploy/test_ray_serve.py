@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pipeline.cli.serve import serve_command
+from pipeline.serving.settings import ServerSettings
 from tests.helpers.ray_cluster import ray_serve
 from tests.helpers.serving import events_of, serving_pipeline
 
@@ -56,6 +57,7 @@ def test_every_argument_reaches_the_replica():
     assert settings.pop("compiled") and settings.pop("refuse_urls") and settings.pop("port")
     assert settings == {name: getattr(given, name) for name in settings}
     assert not Arguments().settings().refuse_urls
+    assert Arguments().settings().slots == ServerSettings.slots
 
 
 @pytest.mark.parametrize(
