@@ -29,6 +29,8 @@ SECONDS = 600
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
+    "RAY_AUTH_MODE": "token",  # else what a program does depends on whether the user has a token
+    "RAY_AUTH_TOKEN": "0" * 64,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as there, Ray listens at the loopback alone
