@@ -99,7 +99,11 @@ def _example(known: KnownPrompts | None) -> str:
 
 
 def _started_from(parents: Mapping[str, Any]) -> str:
-    return ", ".join(f"{stage} from `{parent}`" for stage, parent in parents.items() if parent)
+    """The fingerprints of what each stage started from; a prior's vocabulary has its own."""
+    parts: dict[str, Any] = {}
+    for stage, parent in parents.items():
+        parts |= parent if isinstance(parent, Mapping) else {stage: parent}
+    return ", ".join(f"{part} from `{parent}`" for part, parent in parts.items() if parent)
 
 
 def _without_folders(value: Any) -> Any:

@@ -75,6 +75,13 @@ def test_a_card_names_no_folders_of_the_machine_that_trained(tmp_path):
     assert "source: style-drawings" in card and "- set.json" in card and "output_dir: runs" in card
 
 
+def test_a_card_names_the_fingerprints_of_what_it_started_from(tmp_path):
+    parents = {"tokenizer": "aa11", "prior": {"prior": "bb22", "text_tokenizer": "cc33"}}
+    tiny_pipeline(trained_on={"started_from": parents}).save_pretrained(tmp_path)
+    said = "tokenizer from `aa11`, prior from `bb22`, text_tokenizer from `cc33`."
+    assert said in (tmp_path / "README.md").read_text()
+
+
 def test_metrics_are_added_and_the_rest_of_the_card_stays(tmp_path):
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path / "bundle")
