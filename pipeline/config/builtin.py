@@ -65,7 +65,7 @@ class IconOptions:
     """Folder `common` of the Unicode CLDR, as of the emoji. Without it, icons are called as in
     their sets."""
     untoned_repeats: int = 1
-    """How often each epoch has a drawing without a skin tone. In the default sets 45% of the
+    """How often each epoch has a drawing without a skin tone. In the default sets 47% of the
     drawings are skin tones of few people, which are learned long before the others."""
 
     def problems(self) -> list[str]:

@@ -24,16 +24,17 @@ def stage_folder(given: str | Path, stage: Stage) -> Path:
     """The folder of a stage in a bundle or a run, or the one that is given itself.
 
     Args:
-        given: a path, or the name of a bundle that comes with the package.
+        given: a path, or the name of a bundle that comes with the package. What a folder of that
+            name has comes first.
 
     Raises:
         FileNotFoundError: there is no such stage, or it is not finished.
         ValueError: it is the other stage's folder, or has a prior of Gaussian latents.
     """
-    folder = bundle_folder(given)
-    if not (folder / _CONFIG).is_file():
-        folder = folder / stage
-    if not (folder / _CONFIG).is_file():
+    folder = _folder_with_config(Path(given), stage) or _folder_with_config(
+        bundle_folder(given), stage
+    )
+    if folder is None:
         raise FileNotFoundError(
             f"{stage}.init_from is {given}, and no finished {stage} is there; give a bundle, the "
             f"folder of a run or of a {stage}"
@@ -50,6 +51,11 @@ def stage_folder(given: str | Path, stage: Stage) -> Path:
             f"or a {stage}'s folder"
         )
     return folder
+
+
+def _folder_with_config(folder: Path, stage: Stage) -> Path | None:
+    places = (folder, folder / stage)
+    return next((place for place in places if (place / _CONFIG).is_file()), None)
 
 
 def inherited_config(values: Mapping[str, Any]) -> dict[str, Any]:

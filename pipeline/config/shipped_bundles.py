@@ -23,7 +23,8 @@ def shipped_bundle(name: str = SHIPPED[0]) -> Path:
     if not (folder / "pipeline.json").is_file():
         raise FileNotFoundError(
             f"this installation lacks the bundle {name!r}: {folder} holds no pipeline.json; give "
-            f"the folder of a bundle, or train configs/{name}.yaml and copy its bundle there"
+            f"the folder of a bundle, or train configs/{name}.yaml, then configs/{name}-long.yaml, "
+            "and copy the second bundle there"
         )
     return folder
 

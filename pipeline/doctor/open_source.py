@@ -107,7 +107,9 @@ class SyntheticRows(Rows):
         self.name = config.source
         self.columns = ["text"]
         self.tally = SkipCounter()
-        self._splits = load_sources(config)
+        # Repeats of a drawing are no copies.
+        once = replace(config, icons=replace(config.icons, untoned_repeats=1))
+        self._splits = load_sources(once)
         train, held_out = self._splits
         self.train = min(len(train), most)
         self._held_out = min(len(held_out), most)

@@ -53,6 +53,7 @@ def model_card(
             _without_folders(str(trained_on.get("data", {}).get("source", "unknown")))
         ),
         trained=trained_on.get("num_images", {}).get("train"),
+        repeats=trained_on.get("data", {}).get("icons", {}).get("untoned_repeats", 1) > 1,
         known=known,
         licences=trained_on.get("licences", []),
         configuration=yaml.safe_dump(configuration, sort_keys=False) if configuration else None,

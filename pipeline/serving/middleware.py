@@ -10,7 +10,6 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,6 +22,7 @@ _log = logging.getLogger(__name__)
 OPEN_PATHS = ("/", "/docs", "/healthz", "/readyz", "/openapi.json")
 """What needs no token, and everything in `/page/`: they tell nothing of anybody's images."""
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9.-]+))(?::[0-9]+)?")
 _READ_SECONDS = 30.0
 """Seconds between two parts of a request's body at most."""
 WRITE_SECONDS = 60.0
@@ -80,11 +80,12 @@ class Hosts:
 
     def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
         self.app = app
-        self.names = names
+        self.names = {name.lower() for name in names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._name(scope) not in self.names:
-            message = "this server answers to its own machine's names; use localhost or 127.0.0.1"
+            known = ", ".join(sorted(self.names))
+            message = f"this server answers to its own machine's names; use one of {known}"
             error = ApiError(400, message, code="invalid_host")
             await JSONResponse(error.body(), error.status)(scope, receive, send)
             return
@@ -94,10 +95,8 @@ class Hosts:
     def _name(scope: Scope) -> str | None:
         """The host of a request without its port, in lower case; None where it has none."""
         header = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        try:
-            return urlsplit(f"//{header}").hostname
-        except ValueError:  # no closing bracket
-            return None
+        found = _HOST.fullmatch(header)
+        return found and (found["address"] or found["name"]).lower()
 
 
 class Tokens:

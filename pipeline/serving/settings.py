@@ -56,7 +56,7 @@ class ServerSettings:
     @property
     def is_loopback(self) -> bool:
         """Whether this machine alone can reach the server."""
-        if self.host == "localhost":
+        if self.host.lower().rstrip(".") == "localhost":
             return True
         try:
             return ipaddress.ip_address(self.host).is_loopback

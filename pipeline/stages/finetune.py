@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -212,8 +213,11 @@ def parent_bundle(experiment: Experiment) -> Path | None:
     """The bundle that a run starts from, or the bundle of the run that it starts from; None where
     there is none, or its images have another size."""
     for given in filter(None, (experiment.prior.init_from, experiment.tokenizer.init_from)):
-        folder = bundle_folder(given)
-        for place in (folder, folder / "bundle", folder.parent, folder.parent / "bundle"):
+        folder = Path(given)
+        places = [folder, folder / "bundle", folder.parent, folder.parent / "bundle"]
+        with suppress(FileNotFoundError):  # an installation without it
+            places.append(bundle_folder(given))
+        for place in places:
             if (place / "pipeline.json").is_file():
                 trained_at = saved_tokenizer_config(place / "tokenizer").image_size
                 return place if trained_at == experiment.data.image_size else None

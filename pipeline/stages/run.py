@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.experiment import Experiment, to_dict
-from pipeline.config.shipped_bundles import bundle_folder
 from pipeline.data.builtin.icons import licences, styles_and_names
 from pipeline.data.codes.dataset import MANIFEST, CodesDataset, read_manifest
 from pipeline.data.load import load_source
@@ -24,6 +23,7 @@ from pipeline.runtime.atomic_io import atomic_write_text
 from pipeline.runtime.distributed import make_accelerator
 from pipeline.runtime.image_grid import make_grid
 from pipeline.stages.encode import encode_dataset
+from pipeline.stages.finetune import parent_bundle
 from pipeline.stages.manifest import init_from_fingerprint, load_complete, read_settings
 from pipeline.stages.preflight import check_run
 from pipeline.stages.prior import train_prior
@@ -90,8 +90,8 @@ def _prompts_and_licences(
     if experiment.data.source == "icons":
         styles, names = styles_and_names(experiment.data)
         return KnownPrompts(tuple(styles), tuple(names)), licences(experiment.data)
-    if experiment.prior.init_from and teaches_style(experiment.data):
-        return with_new_style(bundle_folder(experiment.prior.init_from), experiment.data)
+    if teaches_style(experiment.data) and (parent := parent_bundle(experiment)):
+        return with_new_style(parent, experiment.data)
     return None, []
 
 

@@ -124,7 +124,7 @@ class LiveTensorTracker(TorchDispatchMode):
         if storage._cdata not in self._seen:
             self._seen.add(storage._cdata)
             self.now += size
-            weakref.finalize(storage, self._freed, storage._cdata, size)
+            weakref.finalize(storage, self._freed, storage._cdata, size).atexit = False
 
     def _storages(self, tree: object) -> Iterator[torch.UntypedStorage]:
         for leaf in tree_leaves(tree):

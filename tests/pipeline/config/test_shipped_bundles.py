@@ -83,6 +83,20 @@ def test_a_bundle_of_that_name_here_comes_first_and_is_reported(package_data, ca
     assert "using the folder icons, not the bundle of that name in the package" in caplog.text
 
 
+def test_a_run_of_that_name_here_is_started_from_and_not_the_package(package_data):
+    tiny_pipeline().save_pretrained("icons/bundle")
+    shutil.copytree("icons/bundle/prior", "icons/prior")
+    assert stage_folder("icons", "prior") == Path("icons/prior")
+    assert stage_folder("icons", "tokenizer") == package_data / "icons/tokenizer"
+
+
+def test_a_parent_that_the_installation_lacks_is_none(package_data):
+    values = {"name": "more", "data": {"source": "icons"}, "prior": {"init_from": "icons"}}
+    experiment = load_values(values | {"tokenizer": {"init_from": "icons", "frozen": True}}, [])
+    shutil.rmtree(package_data)
+    assert parent_bundle(experiment) is None
+
+
 def test_without_a_bundle_option_the_folder_here_does_not_count(package_data, capsys):
     tiny_pipeline().save_pretrained("icons")
     assert main(["generate", "a red heart", "--num-images", "1"]) == 0
@@ -102,7 +116,7 @@ def test_an_installation_without_the_bundle_is_one_clear_error(package_data, cap
             capsys,
             ["generate", "a red heart", *arguments],
             "this installation lacks the bundle 'icons'",
-            "give the folder of a bundle",
+            "configs/icons-long.yaml",
         )
 
 

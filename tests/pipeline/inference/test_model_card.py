@@ -75,6 +75,14 @@ def test_a_card_names_no_folders_of_the_machine_that_trained(tmp_path):
     assert "source: style-drawings" in card and "- set.json" in card and "output_dir: runs" in card
 
 
+@pytest.mark.parametrize(("repeats", "said"), [(1, "train on."), (3, "train on, repeats among")])
+def test_a_card_says_that_repeats_are_counted(tmp_path, repeats, said):
+    data = {"source": "icons", "icons": {"untoned_repeats": repeats}}
+    trained_on = {"data": data, "num_images": {"train": 23825}}
+    tiny_pipeline(trained_on=trained_on).save_pretrained(tmp_path)
+    assert f"with 23,825 images to {said}" in (tmp_path / "README.md").read_text()
+
+
 def test_a_card_names_the_fingerprints_of_what_it_started_from(tmp_path):
     parents = {"tokenizer": "aa11", "prior": {"prior": "bb22", "text_tokenizer": "cc33"}}
     tiny_pipeline(trained_on={"started_from": parents}).save_pretrained(tmp_path)

@@ -78,12 +78,15 @@ def test_a_body_whose_length_is_too_large_is_refused_before_it_comes():
     assert answer.startswith(b"HTTP/1.1 413")
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8000", "[::1", ""])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "localhost.evil.example:8000", "x@localhost", "localhost/x", "[::1", ""],
+)
 def test_other_hosts_are_refused_on_the_loopback(client, host):
     response = client.get("/healthz", headers={"host": host})
     assert response.status_code == 400
     error = response.json()["error"]
-    assert error["code"] == "invalid_host" and "use localhost or 127.0.0.1" in error["message"]
+    assert error["code"] == "invalid_host" and "use one of 127.0.0.1" in error["message"]
 
 
 @pytest.mark.parametrize("host", ["localhost", "LocalHost:8000", "127.0.0.1:8000", "[::1]:8000"])

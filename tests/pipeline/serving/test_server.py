@@ -179,7 +179,10 @@ def test_settings_that_make_no_sense_are_refused(change, words):
 
 @pytest.mark.parametrize(
     ("host", "expected"),
-    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("box", False)],
+    [
+        *((host, True) for host in ("127.0.0.1", "localhost", "LOCALHOST", "localhost.", "::1")),
+        *((host, False) for host in ("0.0.0.0", "box", "localhost.box")),
+    ],
 )
 def test_loopback(host, expected):
     assert ServerSettings(host=host).is_loopback is expected
