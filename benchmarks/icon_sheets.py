@@ -7,8 +7,8 @@
 - `icons-styles.png`: twelve names in every style.
 - `icons-edits.png`: by row an icon, the same with a part masked, and four edits.
 
-Seed 0. What is held out is chosen by a hash of its name, and the rest was written down before any
-weights were there. The sets that the bundle was trained on are needed (`make icons`).
+Seed 0. What is held out is chosen by a hash of its name; the other names and the masks are fixed
+below. The sets that the bundle was trained on are needed (`make icons`).
 """
 
 from __future__ import annotations
