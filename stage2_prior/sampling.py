@@ -27,6 +27,8 @@ from stage2_prior.config import refuse
 
 _BLOCK = 128
 """Classes per scan."""
+LEAST_TEMPERATURE = 1e-6
+"""Below it the most likely code is taken: logits divided by less would overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(descending=True)
     probabilities = ordered.softmax(-1)
     before = cumulative_sum(probabilities) - probabilities
-    return logits.masked_fill((before >= p).scatter(-1, order, before >= p), float("-inf"))
+    # In fp32 p may be 0, as is what comes before the most likely one.
+    dropped = (before >= p) & (before > 0)
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
 
 
 def keep_min_p(logits: Tensor, conditional: Tensor, p: float | Tensor) -> Tensor:
@@ -147,7 +151,7 @@ def warp_logits(
 ) -> Tensor:
     """Temperature, then top-k, then top-p; (...,K) -> (...,K). A temperature of 0 keeps the largest
     logit alone."""
-    if temperature == 0:
+    if temperature < LEAST_TEMPERATURE:
         return keep_top_k(logits, 1)
     logits = logits / temperature
     if top_k is not None:

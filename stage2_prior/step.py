@@ -35,6 +35,7 @@ from torch import Tensor
 
 from stage2_prior.model import CodebookTables, ImagePrior
 from stage2_prior.sampling import (
+    LEAST_TEMPERATURE,
     SamplingOptions,
     cumulative_sum,
     guide,
@@ -229,7 +230,7 @@ def _sampled(
     if filters.min_p:
         chosen = keep_min_p(chosen, conditional, rows.min_p[own][:, None, None])
     temperature = rows.temperature[own][:, None]
-    greedy = temperature == 0
+    greedy = temperature < LEAST_TEMPERATURE
     warped = chosen / torch.where(greedy, 1.0, temperature)[..., None]
     if filters.top_k or filters.top_p:
         warped = _keep_top(warped, rows.top_k[own], rows.top_p[own], filters)
@@ -248,6 +249,6 @@ def _keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor, filters: Filters) ->
     if filters.top_p:
         probabilities = ordered.softmax(-1)
         before = cumulative_sum(probabilities) - probabilities
-        dropped = before >= top_p[:, None, None]
+        dropped = (before >= top_p[:, None, None]) & (before > 0)
         logits = logits.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
     return logits

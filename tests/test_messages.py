@@ -42,7 +42,6 @@ NO_REMEDY = {
     "chosen from here on alone": "says what is done instead",
     "skipped, {": "says what is done instead",
     "is left out: {": "says what is done instead",
-    "in chars.json left out": "says what is done instead",
     "the straight ones rounded": "says what is done instead",
     "another process of this job": "the command line adds how to resume",
     "could not be written": "the command line adds how to resume",

@@ -22,9 +22,8 @@ def shipped_bundle(name: str = SHIPPED[0]) -> Path:
     folder = FOLDER / name
     if not (folder / "pipeline.json").is_file():
         raise FileNotFoundError(
-            f"this installation lacks the bundle {name!r}: {folder} holds no pipeline.json; give "
-            f"the folder of a bundle, or train configs/{name}.yaml, then configs/{name}-long.yaml, "
-            "and copy the second bundle there"
+            f"this installation lacks the bundle {name!r}: {folder} holds no pipeline.json; "
+            "install mini-dalle again, or give the folder of another bundle"
         )
     return folder
 

@@ -4,7 +4,9 @@ they compute."""
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import re
 import shutil
 import sysconfig
 from pathlib import Path
@@ -23,7 +25,22 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
+    return int(min(psutil.virtual_memory().available, free_in_container()))
+
+
+def free_in_container(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that a container lets its processes still allocate; infinite without a limit. What it
+    holds of files that nothing uses can be dropped."""
+    names = ["memory.max", "memory.current", "memory.stat"]  # cgroup v2
+    if not (root / names[0]).is_file():
+        root /= "memory"
+        names[:2] = "memory.limit_in_bytes", "memory.usage_in_bytes"
+    try:
+        limit, used, stat = ((root / name).read_text() for name in names)
+        unused = re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)
+        return max(int(limit) - int(used) + int(unused[1] if unused else 0), 0)
+    except (OSError, ValueError):  # "max" is no number
+        return math.inf
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from pipeline.serving.errors import install_handlers
 from pipeline.serving.image_routes import image_router
 from pipeline.serving.images import ImageService
 from pipeline.serving.metrics import Metrics
-from pipeline.serving.middleware import Hosts, Limits, RequestLog, Tokens
+from pipeline.serving.middleware import Hosts, Limits, RequestLog, Sites, Tokens
 from pipeline.serving.own_routes import own_router
 from pipeline.serving.schemas import ErrorResponse
 from pipeline.serving.state import ServerState
@@ -96,6 +96,7 @@ def create_app(
     # The last one that is added sees a request first.
     app.add_middleware(Limits, max_bytes=int(settings.max_body_mb * 1e6))
     app.add_middleware(Tokens, tokens=tokens)
+    app.add_middleware(Sites)
     if settings.is_loopback:
         app.add_middleware(Hosts, names=["localhost", "127.0.0.1", "::1", settings.host])
     app.add_middleware(RequestLog, metrics=metrics)

@@ -88,11 +88,13 @@ def read_tokens(path: Path) -> list[str]:
         ValueError: it holds no token, or one that a header cannot carry.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"there is no token file {path}; write one token per line into it"
         ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     tokens = text.split()
     if not tokens:
         raise ValueError(f"{path} holds no token; write one per line")

@@ -15,7 +15,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from pipeline.serving.disconnect import until_disconnected
 from pipeline.serving.errors import ApiError, api_error
-from pipeline.serving.images import Complete, ImageService, Partial, Work, now
+from pipeline.serving.images import Complete, ImageService, Partial, Work, now, until
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.sampler import Job
 from pipeline.serving.schemas import (
@@ -77,15 +77,16 @@ def image_router(service: ImageService, metrics: Metrics) -> APIRouter:
         return Response(content, media_type=f"image/{name.rpartition('.')[2]}")
 
     async def respond(request: Request, coming: Awaitable[Work], kind: str) -> Response:
-        work = await coming
+        deadline = service.deadline()
+        work = await until(deadline, coming)
         if service.settings.log_prompts:
             _log.info("%s prompt %r", request.state.request_id, work.settings["prompt"])
         job = service.start(work)
         if work.fields.stream:
-            events = stream(request, work, job, kind)
+            events = stream(request, work, job, deadline, kind)
             headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        every = await until_disconnected(request, collected(work, job))
+        every = await until_disconnected(request, collected(work, job, deadline))
         body = ImagesResponse(
             created=now(),
             data=[data(request, work, one) for one in every],
@@ -98,14 +99,17 @@ def image_router(service: ImageService, metrics: Metrics) -> APIRouter:
         )
         return Response(body.model_dump_json(exclude_none=True), media_type="application/json")
 
-    async def collected(work: Work, job: Job) -> list[Complete]:
-        images = [one async for one in service.images(work, job) if isinstance(one, Complete)]
+    async def collected(work: Work, job: Job, deadline: float) -> list[Complete]:
+        coming = service.images(work, job, deadline)
+        images = [one async for one in coming if isinstance(one, Complete)]
         metrics.images.inc(len(images))
         return sorted(images, key=lambda one: one.image)
 
-    async def stream(request: Request, work: Work, job: Job, kind: str) -> AsyncIterator[str]:
+    async def stream(
+        request: Request, work: Work, job: Job, deadline: float, kind: str
+    ) -> AsyncIterator[str]:
         try:
-            async with aclosing(service.images(work, job)) as images:
+            async with aclosing(service.images(work, job, deadline)) as images:
                 async for one in images:
                     if isinstance(one, Complete):
                         metrics.images.inc()

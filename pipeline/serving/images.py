@@ -2,7 +2,8 @@
 sampler; no HTTP.
 
 Work of more than a millisecond runs in threads, so that the event loop stays free. At most one
-thread decodes at a time: it competes with the sampling steps for the same cores.
+thread plans and decodes at a time: it competes with the sampling steps for the same cores. Another
+one scores and captions, so that images do not wait for that.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ class ImageService:
         self.name = name
         self.started = now()
         self._pool = ThreadPoolExecutor(1, "images")
+        self._side_pool = ThreadPoolExecutor(1, "scores")
         self._turns = 0
 
     @property
@@ -129,6 +131,13 @@ class ImageService:
         """A call of the pipeline in the thread of images."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, lambda: function(*arguments, **options))
+
+    async def in_side_thread(
+        self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs
+    ) -> T:
+        """A call of the pipeline in the thread of scores, captions and codes."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._side_pool, lambda: function(*arguments, **options))
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -164,7 +173,8 @@ class ImageService:
     def close(self) -> None:
         """Ends the threads."""
         self.sampler.close()
-        self._pool.shutdown()
+        for pool in (self._pool, self._side_pool):
+            pool.shutdown(cancel_futures=True)
 
     # Requests -> work
 
@@ -217,6 +227,8 @@ class ImageService:
             )
             raise ApiError(400, message, param="mask", code="empty_mask")
         settings = {"prompt": fields.prompt}
+        if fields.outpaint_at is not None:
+            settings["outpaint_at"] = fields.outpaint_at
         return await self._work(plan, fields, seed, settings, finish=plan.composite)
 
     async def variation(self, fields: VariationFields, content: bytes) -> Work:
@@ -232,7 +244,8 @@ class ImageService:
             fields.prompt,
             **_options(fields, seed),
         )
-        return await self._work(plan, fields, seed, {"prompt": fields.prompt})
+        settings = {"prompt": fields.prompt, "strength": fields.strength}
+        return await self._work(plan, fields, seed, settings)
 
     def _check_can_edit(self) -> None:
         if self.pipe.prior.config.trained_order != "random":
@@ -268,6 +281,7 @@ class ImageService:
         if (count := (fields.n or 1) * best_of) > most:
             message = f"n * best_of is {count}; this server samples at most {most} per request"
             raise ApiError(400, message, param="n", code="too_many_images")
+        self.sampler.check_room(count)  # before images are read and planned for nothing
         self.check_prompt(prompt)
         if fields.size not in (None, "auto", self.size):
             message = (
@@ -310,7 +324,13 @@ class ImageService:
         """
         return self.sampler.submit(work.plan, self._preview_every(work.fields))
 
-    async def images(self, work: Work, job: Job) -> AsyncGenerator[Partial | Complete]:
+    def deadline(self) -> float:
+        """When a request that comes now must be answered, by the event loop's clock."""
+        return asyncio.get_running_loop().time() + self.settings.timeout
+
+    async def images(
+        self, work: Work, job: Job, deadline: float
+    ) -> AsyncGenerator[Partial | Complete]:
         """Images as they become ready, and previews where the request streams.
 
         Raises:
@@ -320,21 +340,23 @@ class ImageService:
         numbers = [0] * len(work.plan.seeds)
         done: dict[int, Samples] = {}
         try:
-            async with asyncio.timeout(self.settings.timeout):
-                async for update in job.updates():
-                    if isinstance(update, Sampled):
-                        done[update.image] = update.samples
-                        if work.best_of == 1:
-                            yield await self._complete(work, update.image, update.samples)
-                    elif work.best_of == 1:
-                        content = await self.in_thread(self._preview, work, update)
-                        yield Partial(update.image, numbers[update.image], content)
-                        numbers[update.image] += 1
-                if work.best_of > 1:
-                    every = joined_samples([done[i] for i in range(len(done))])
-                    best = await self.in_thread(self._best, work, every)
-                    for image, row in enumerate(best.tolist()):
-                        yield await self._complete(work, image, done[row])
+            updates = job.updates()
+            while (update := await until(deadline, anext(updates, None))) is not None:
+                if isinstance(update, Sampled):
+                    done[update.image] = update.samples
+                    if work.best_of == 1:
+                        complete = self._complete(work, update.image, update.samples)
+                        yield await until(deadline, complete)
+                elif work.best_of == 1:
+                    preview = self.in_thread(self._preview, work, update)
+                    content = await until(deadline, preview)
+                    yield Partial(update.image, numbers[update.image], content)
+                    numbers[update.image] += 1
+            if work.best_of > 1:
+                every = joined_samples([done[i] for i in range(len(done))])
+                best = await until(deadline, self.in_thread(self._best, work, every))
+                for image, row in enumerate(best.tolist()):
+                    yield await until(deadline, self._complete(work, image, done[row]))
         finally:
             self.sampler.cancel(job)
 
@@ -390,6 +412,17 @@ class ImageService:
             total_tokens=text + sampled,
             input_tokens_details={"text_tokens": text, "image_tokens": 0},
         )
+
+
+async def until(deadline: float, coming: Awaitable[T]) -> T:
+    """What is awaited. Around each wait, and not around a generator: a deadline that passes while
+    its reader does something else would end the reader.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    async with asyncio.timeout_at(deadline):
+        return await coming
 
 
 def encoded(

@@ -1,5 +1,6 @@
-"""What happens to every request: an id, a line in the log, metrics, a check of the host that it
-names, a bearer token, limits on the body and on slow clients. Knows HTTP; nothing of images."""
+"""What happens to every request: an id, a line in the log, metrics, checks of the host that it
+names and of the site that it comes from, a bearer token, limits on the body and on slow clients.
+Knows HTTP; nothing of images."""
 
 from __future__ import annotations
 
@@ -23,6 +24,8 @@ OPEN_PATHS = ("/", "/docs", "/healthz", "/readyz", "/openapi.json")
 """What needs no token, and everything in `/page/`: they tell nothing of anybody's images."""
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9.-]+))(?::[0-9]+)?")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+"""That metrics tell apart."""
 _READ_SECONDS = 30.0
 """Seconds between two parts of a request's body at most."""
 WRITE_SECONDS = 60.0
@@ -69,7 +72,8 @@ class RequestLog:
             seconds = time.perf_counter() - start
             route = scope.get("route")
             path = getattr(route, "path", "other")
-            self.metrics.requests.labels(path, scope["method"], str(status)).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.metrics.requests.labels(path, method, str(status)).inc()
             self.metrics.seconds.labels(path).observe(seconds)
             _log.info("%s %s %s %d in %.0f ms", name, scope["method"], path, status, seconds * 1e3)
 
@@ -97,6 +101,25 @@ class Hosts:
         header = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         found = _HOST.fullmatch(header)
         return found and (found["address"] or found["name"]).lower()
+
+
+class Sites:
+    """Refuses what a page of another site sends. It could not read the answer, but it could make
+    this server work. Browsers say where a request comes from (Fetch Metadata); other clients do
+    not."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
+            site = dict(scope["headers"]).get(b"sec-fetch-site", b"none")
+            if site not in (b"none", b"same-origin"):
+                message = "this request comes from a page of another site; use the server's own"
+                error = ApiError(403, message, code="other_site")
+                await JSONResponse(error.body(), error.status)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class Tokens:

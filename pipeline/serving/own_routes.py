@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Coroutine
+import math
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from pipeline.serving.disconnect import until_disconnected
 from pipeline.serving.errors import ApiError
 from pipeline.serving.images import ImageService, encoded, opened
 from pipeline.serving.metrics import CONTENT_TYPE, Metrics
+from pipeline.serving.sampler import NOT_FINITE, SamplingFailed
 from pipeline.serving.schemas import (
     Caption,
     CaptionRequest,
@@ -85,7 +87,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
             service.check_prompt(body.prompt)
             ids = await service.from_input(pipe.text_ids, [body.prompt])
             codes = await codes_of(body.image, body.codes)
-            return await service.in_thread(scored, codes, ids)
+            return await service.in_side_thread(scored, codes, ids)
 
         return await in_turn(request, work)
 
@@ -105,7 +107,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
                     service.check_prompt(one)
                 await service.from_input(pipe.text.encode, body.candidates)
             image = await service.from_input(decoded, body.image)
-            found = await service.in_thread(
+            found = await service.in_side_thread(
                 pipe.caption,
                 image,
                 body.candidates,
@@ -114,6 +116,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
                 temperature=body.temperature,
                 top_p=body.top_p,
             )
+            check_finite([value for _, value in found])
             return CaptionResponse(
                 data=[Caption(text=text, log_likelihood=value) for text, value in found]
             )
@@ -126,7 +129,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
 
         async def work() -> TokensResponse:
             codes = await codes_of(body.image, body.codes)
-            return await service.in_thread(as_tokens, codes)
+            return await service.in_side_thread(as_tokens, codes)
 
         return await in_turn(request, work)
 
@@ -142,7 +145,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
             raise ApiError(400, message, param="image", code="missing")
         if image is not None:
             given = await service.from_input(decoded, image)
-            return await service.in_thread(lambda: pipe.codes_of([given]).flatten(1))
+            return await service.in_side_thread(lambda: pipe.codes_of([given]).flatten(1))
         assert codes is not None
         return checked_codes(codes)
 
@@ -172,6 +175,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
 
     def scored(codes: Tensor, ids: Tensor) -> ScoreResponse:
         each = score_each_code(pipe.prior, ids, codes)[0]
+        check_finite(each.tolist())
         null = None
         if pipe.prior.config.trained_with_caption_dropout:
             empty = pipe.prior.stream.null_caption(1)
@@ -183,6 +187,10 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
             codes=codes[0].tolist(),
             nats=(-each).tolist(),
         )
+
+    def check_finite(log_likelihoods: Sequence[float]) -> None:
+        if not all(map(math.isfinite, log_likelihoods)):
+            raise SamplingFailed(NOT_FINITE)
 
     def as_tokens(codes: Tensor) -> TokensResponse:
         image = pipe.tokenizer.to_images(pipe.in_layout(codes))[0]

@@ -68,6 +68,10 @@ class SamplingFailed(Exception):
     """The images of a job cannot be sampled, for a reason that is not the client's."""
 
 
+NOT_FINITE = "the prior's logits were not finite, so the bundle is damaged; copy it again"
+"""A reason."""
+
+
 @dataclass(frozen=True)
 class Preview:
     """An image in the making."""
@@ -225,6 +229,14 @@ class Sampler:
         """Images that wait for rows."""
         return max(self._pending - self.num_active, 0)
 
+    def check_room(self, count: int) -> None:
+        """Raises what `submit` would for so many images."""
+        if self._closing:
+            raise self._stopped()
+        excess = self._pending + count - self.num_rows // 2 - self.max_waiting
+        if excess > 0:
+            raise QueueFull(self._pending, self._seconds_to_wait(excess))
+
     def submit(self, plan: SamplingPlan, preview_every: int | None = None) -> Job:
         """Starts a job; called in an event loop, which gets the updates.
 
@@ -234,11 +246,7 @@ class Sampler:
         """
         count = len(plan.seeds)
         with self._lock:
-            if self._closing:
-                raise self._stopped()
-            room = self.num_rows // 2 + self.max_waiting
-            if self._pending + count > room:
-                raise QueueFull(self._pending, self._seconds_to_wait())
+            self.check_room(count)
             self._pending += count
             job = Job(plan, preview_every, asyncio.get_running_loop())
             # Within the lock: after `stop` the thread ends once the commands are carried out.
@@ -260,9 +268,9 @@ class Sampler:
         self.stop()
         self._thread.join()
 
-    def _seconds_to_wait(self) -> int:
-        """About when a row is free: the codes before it, at the pace of the last steps."""
-        codes = self._pending * self.prior.stream.image_length
+    def _seconds_to_wait(self, count: int) -> int:
+        """About when so many images more are done: their codes, at the pace of the last steps."""
+        codes = count * self.prior.stream.image_length
         return max(math.ceil(codes / self._codes_per_second), 1) if self._codes_per_second else 1
 
     def _compile(self, filters: Filters) -> None:
@@ -348,12 +356,7 @@ class Sampler:
             return  # another image of its job failed in this step
         job, image = self._tickets.pop(one.ticket)
         if one.samples is None:
-            self._fail(
-                job,
-                SamplingFailed(
-                    "the prior's logits were not finite, so the bundle is damaged; copy it again"
-                ),
-            )
+            self._fail(job, SamplingFailed(NOT_FINITE))
         else:
             self._end(job, Sampled(image, one.samples))
 

@@ -59,7 +59,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
             stage: init_from_fingerprint(folder / stage) for stage in ("tokenizer", "prior")
         },
     }
-    known_prompts, found_licences = _prompts_and_licences(experiment)
+    known_prompts, found_licences = prompts_and_licences(experiment)
     if found_licences:
         trained_on["licences"] = found_licences
     pipe: TextToImagePipeline | LatentPipeline
@@ -82,7 +82,7 @@ def assemble_bundle(experiment: Experiment) -> Path:
     return folder / "bundle"
 
 
-def _prompts_and_licences(
+def prompts_and_licences(
     experiment: Experiment,
 ) -> tuple[KnownPrompts | None, list[dict[str, str | None]]]:
     """What prompts may ask of icons, and the licences of their sets; None and none for other data.
@@ -90,6 +90,8 @@ def _prompts_and_licences(
     if experiment.data.source == "icons":
         styles, names = styles_and_names(experiment.data)
         return KnownPrompts(tuple(styles), tuple(names)), licences(experiment.data)
+    if "icons" in experiment.data.sources:  # the other parts have other names
+        return None, licences(experiment.data)
     if teaches_style(experiment.data) and (parent := parent_bundle(experiment)):
         return with_new_style(parent, experiment.data)
     return None, []

@@ -76,7 +76,7 @@ def style_experiment(
             f"{bundle} makes images of {width}x{height} pixels, and drawings are squares; give a "
             "bundle of square images"
         )
-    style = _checked_style(style or drawings.expanduser().resolve().stem)
+    style = _checked_style(style or _name_of(drawings.expanduser().resolve()))
     known = known_styles(bundle, parent.trained_on)
     if style in known:
         raise ValueError(
@@ -135,8 +135,8 @@ def with_new_style(
         return None, []
     style = data.icons.sets[-1]
     licences = read_description(parent)["trained_on"].get("licences", [])
-    if licences:
-        terms = json.loads((Path(data.source) / _TERMS).read_text(encoding="utf-8"))
+    terms = json.loads((Path(data.source) / _TERMS).read_text(encoding="utf-8"))
+    if licences or terms["licence"]:
         licences = [*licences, terms]
     known = read_known_prompts(parent)
     if known:
@@ -145,7 +145,9 @@ def with_new_style(
             path.read_text(encoding="utf-8").partition("\n")[0].removesuffix(first)
             for path in Path(data.source).rglob("*.txt")
         }
-        known = KnownPrompts((*known.styles, style), tuple(sorted({*known.names, *own})))
+        # Without any, names are not checked; with the own ones alone, all others would be unknown.
+        names = {*known.names, *own} if known.names else ()
+        known = KnownPrompts((*known.styles, style), tuple(sorted(names)))
     return known, licences
 
 
@@ -265,6 +267,13 @@ def _terms_of(path: Path, style: str) -> dict[str, str | None]:
     if not _is_set(path):
         return {"style": style, "licence": None, "author": None}
     return read_set(path, {}).terms | {"style": style}
+
+
+def _name_of(drawings: Path) -> str:
+    """What a set of drawings is called: its folder, or its file without the ending."""
+    if drawings.name == "icons.json":
+        return drawings.parent.name
+    return drawings.name if drawings.is_dir() else drawings.stem
 
 
 def _checked_style(given: str) -> str:

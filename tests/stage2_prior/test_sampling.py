@@ -275,3 +275,14 @@ def test_sampling_works_under_autocast(prior, text_ids):
         drawn = sample(prior, text_ids, [1, 2, 3], SamplingOptions(guidance_scale=2))
     assert drawn.codes.shape == plain.codes.shape
     assert (drawn.codes == plain.codes).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("tiny", [{"temperature": 1e-40}, {"top_p": 1e-300}])
+def test_numbers_that_fp32_cannot_tell_from_0_take_the_most_likely_code(prior, text_ids, tiny):
+    options = SamplingOptions(**tiny)
+    warped = warp_logits(LOGITS, options.temperature, None, options.top_p)
+    drawn = sample_from_uniform(warped, torch.full((len(LOGITS),), 0.99))
+    assert drawn.tolist() == LOGITS.argmax(-1).tolist()
+    found = sample(prior, text_ids, range(3), options)
+    expected = sample(prior, text_ids, range(3), SamplingOptions(temperature=0))
+    assert torch.equal(found.codes, expected.codes)

@@ -119,7 +119,8 @@ def read_set(path: Path, known: Mapping[str, str]) -> IconSet:
             drawings[file.stem] = read_file(file, MAX_TEXT_BYTES).decode()
         except (OSError, ValueError) as error:
             problems.append(f"{printable(file.name)} is left out: {error}")
-    return _joined(path.name, drawings, {}, known, problems)
+    chars = _beside(path / "icons.json", "chars.json", None)
+    return _joined(path.name, drawings, chars, known, problems, "chars.json")
 
 
 def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
@@ -146,9 +147,9 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
     info = _beside(path, "info.json", content.get("info"))
     licence = info.get("license")
     author = info.get("author")
-    joined = _joined(
-        prefix, drawings, _beside(path, "chars.json", content.get("chars")), known, problems
-    )
+    chars = _beside(path, "chars.json", content.get("chars"))
+    place = "chars.json" if path.name == "icons.json" else "`chars`"
+    joined = _joined(prefix, drawings, chars, known, problems, place)
     return replace(
         joined,
         licence=_title(licence, "spdx") or _title(licence, "title"),
@@ -188,12 +189,19 @@ def _drawing(content: Mapping[str, Any], name: str) -> str:
     for _ in range(10):
         if name in content["icons"]:
             break
-        alias = content["aliases"][name]
+        alias = content["aliases"].get(name)
+        if alias is None:
+            raise ValueError(f"it is an alias of {printable(name)!r}, which the set lacks")
         if not isinstance(alias, dict):
             raise TypeError("it is no object")
         turns += int(alias.get("rotate", 0))
         mirrors = [mirrors[0] ^ bool(alias.get("hFlip")), mirrors[1] ^ bool(alias.get("vFlip"))]
-        name = alias["parent"]
+        parent = alias.get("parent")
+        if not isinstance(parent, str):
+            raise TypeError("it is an alias without a text `parent`")
+        name = parent
+    if name not in content["icons"]:
+        raise ValueError("it is an alias of more than 10 aliases")
     icon = content["icons"][name]
     if not isinstance(icon, dict):
         raise TypeError("it is no object")
@@ -201,9 +209,9 @@ def _drawing(content: Mapping[str, Any], name: str) -> str:
         float(icon.get(field, content.get(field, default)))
         for field, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
     )
-    body = icon["body"]
+    body = icon.get("body")
     if not isinstance(body, str):
-        raise TypeError("its body is no text")
+        raise TypeError("it has no text `body`")
     centre = f"{left + width / 2} {top + height / 2}"
     if mirrors != [False, False]:
         scale = f"{-1 if mirrors[0] else 1} {-1 if mirrors[1] else 1}"
@@ -223,18 +231,23 @@ def _joined(
     chars: Mapping[str, Any],
     known: Mapping[str, str],
     problems: list[str],
+    chars_place: str,
 ) -> IconSet:
     """A set whose drawings are known by key. Without code points of its own, names are looked up;
-    those that are no emoji's are keys themselves."""
+    those that are no emoji's are keys themselves.
+
+    Args:
+        chars_place: where the code points are, or would be, for messages.
+    """
     slugs: dict[str, str] = {}  # key -> name in the set
     if chars:
         for points, slug in chars.items():
             if isinstance(slug, str) and slug in drawings:
                 slugs.setdefault(_normal(points), slug)
-        left_out = len(set(drawings) - set(slugs.values()))
-        if left_out:
+        if left_out := sorted(set(drawings) - set(slugs.values())):
             problems.append(
-                f"{prefix}: {left_out} icons without code points in chars.json left out"
+                f"{prefix}: {len(left_out)} icons, such as {printable(left_out[0])}, have no code "
+                f"points in {chars_place} and are left out; add them to it"
             )
     else:
         for slug in drawings:
@@ -244,9 +257,9 @@ def _joined(
         unknown = [slug for slug in drawings if slug not in found]
         if unknown and 2 * len(slugs) >= len(drawings):
             problems.append(
-                f"{prefix} has no chars.json: {len(slugs)} icons are joined with other sets by "
+                f"{prefix} has no {chars_place}: {len(slugs)} icons are joined with other sets by "
                 f"their names, and {len(unknown)} keep names of their own, such as "
-                f"{printable(unknown[0])}; add chars.json if these are emoji"
+                f"{printable(unknown[0])}; add {chars_place} if these are emoji"
             )
         slugs |= {slug: slug for slug in unknown}
     return IconSet(

@@ -157,7 +157,11 @@ def _rendered(
         try:
             return render(svg, size)
         except UnusableSvg as error:
-            return f"{icons.style}: the drawing of {icons.own_names[key]} is left out: {error}"
+            name = icons.own_names[key]
+            return (
+                f"{icons.style}: the drawing of {name} is left out ({error}); save it as a plain "
+                "SVG"
+            )
 
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(one, icons.drawings.items()))

@@ -1,13 +1,16 @@
 """SVG drawings as pixels with transparency, by resvg. Knows no names and no files.
 
 Drawings come from others. One that needs a file or an address, that holds a script, or that unfolds
-into very many shapes is refused before it is rendered: resvg opens local files that `href` names.
+into very many shapes is refused before it is rendered: resvg opens local files that `href` names,
+and overflows its stack where elements are nested too deeply. A drawing may still take it long, so
+take drawings of people you trust.
 """
 
 from __future__ import annotations
 
 import io
 import re
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,14 +20,29 @@ MAX_BYTES = 2**20
 """Of a drawing's text."""
 MAX_SHAPES = 20_000
 """Elements of a drawing, those that `use` repeats counted each time."""
+_MAX_STYLE = 10_000
+"""Letters of a drawing's style sheets; each rule is compared with each element."""
 MAX_ASPECT = 20
 """Longer side per shorter side."""
 _PIXELS = {"pt": 4 / 3, "pc": 16.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4}
 """Pixels per unit of length."""
 _LENGTH = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([a-z%]*)")
 _MAX_DEPTH = 100
-_REFUSED = ("script", "foreignObject", "animate", "set", "image", "feImage", "text")
-"""Elements that run, load, move, or need a font of this machine."""
+_REFUSED = {
+    "script": "remove it",
+    "foreignObject": "remove it",
+    "animate": "remove it",
+    "set": "remove it",
+    "image": "draw it as paths",
+    "feImage": "draw it as paths",
+    "text": "convert it to paths",
+    "marker": "convert it to paths",
+    "pattern": "convert it to paths",
+    "feTurbulence": "remove it",
+    "feConvolveMatrix": "remove it",
+}
+"""Elements that run, load, move, need a font of this machine, or can take hours or all memory; and
+what to do."""
 _ADDRESS = re.compile(r"url\(\s*['\"]?(?!\s*['\"]?#)|@import|expression\(", re.IGNORECASE)
 
 
@@ -49,11 +67,17 @@ def render(svg: str, size: int) -> np.ndarray:
     try:
         # The longer side is given, since resvg makes the other as long as the drawing has it.
         image = _drawn(svg, width=size) if wide else _drawn(svg, height=size)
-    except ValueError as error:
+    except BaseException as error:
+        # A fault of resvg is no Exception, so that nobody passes over it by chance.
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+            raise
         raise UnusableSvg(f"it cannot be rendered by resvg ({error})") from error
     canvas = Image.new("RGBA", (size, size))
     canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
-    return np.asarray(canvas)
+    pixels = np.asarray(canvas)
+    if not pixels[..., 3].any():
+        raise UnusableSvg("it has nothing that can be seen")
+    return pixels
 
 
 def _aspect(root: ElementTree.Element) -> float:
@@ -102,7 +126,7 @@ def _drawn(svg: str, width: int | None = None, height: int | None = None) -> Ima
 
 def check_svg(svg: str) -> ElementTree.Element:
     """The root of a drawing. Raises UnusableSvg where it could read files, load addresses, run, or
-    take very long.
+    unfold into very much.
 
     Only `href="#..."` and `url(#...)` are followed, both within the drawing.
     """
@@ -118,16 +142,17 @@ def check_svg(svg: str) -> ElementTree.Element:
         raise UnusableSvg(f"it begins with <{_local(root.tag)}> and must begin with <svg>")
     by_id: dict[str, ElementTree.Element] = {}
     for element in root.iter():
-        if _local(element.tag) in _REFUSED:
-            raise UnusableSvg(f"it has an element <{_local(element.tag)}>, which is not rendered")
+        if (tag := _local(element.tag)) in _REFUSED:
+            raise UnusableSvg(f"it has an element <{tag}>, which is not rendered; {_REFUSED[tag]}")
+        if tag == "style" and len(element.text or "") > _MAX_STYLE:
+            raise UnusableSvg(f"it has a style sheet of more than {_MAX_STYLE:,} letters")
         for attribute, value in element.attrib.items():
             _check_attribute(_local(attribute), value)
         if _ADDRESS.search(element.text or ""):
             raise UnusableSvg("its style loads an address")
         if "id" in element.attrib:
             by_id[element.attrib["id"]] = element
-    shapes = _Unfolding(by_id).count(root, 0)
-    if shapes > MAX_SHAPES:
+    if _Unfolding(by_id).measure(root, 0).shapes > MAX_SHAPES:
         raise UnusableSvg(f"it unfolds into more than {MAX_SHAPES:,} shapes")
     return root
 
@@ -143,26 +168,39 @@ def _check_attribute(name: str, value: str) -> None:
         raise UnusableSvg(f"its attribute {name} loads an address")
 
 
+class _Size(NamedTuple):
+    """Of one element's drawing."""
+
+    shapes: int
+    """At most slightly more than MAX_SHAPES."""
+    height: int
+    """Elements that are nested in it."""
+
+
 class _Unfolding:
-    """Counts elements as `use` and patterns repeat them; nested repetition multiplies."""
+    """Measures elements as `use` repeats them; nested repetition multiplies."""
 
     def __init__(self, by_id: dict[str, ElementTree.Element]) -> None:
         self._by_id = by_id
-        self._counts: dict[ElementTree.Element, int] = {}
+        self._sizes: dict[ElementTree.Element, _Size] = {}
 
-    def count(self, element: ElementTree.Element, depth: int) -> int:
-        """Elements of one element's drawing, at most slightly more than MAX_SHAPES."""
-        if depth > _MAX_DEPTH:
+    def measure(self, element: ElementTree.Element, depth: int) -> _Size:
+        """The size of an element that is nested so deep."""
+        known = self._sizes.get(element)
+        if depth + (known.height if known else 0) > _MAX_DEPTH:
             raise UnusableSvg(f"its elements are nested more than {_MAX_DEPTH} deep")
-        if element in self._counts:
-            return self._counts[element]
-        total = 1
+        if known:
+            return known
+        shapes = 1
+        height = 0
         for child in [*element, *self._referenced(element)]:
-            total += self.count(child, depth + 1)
-            if total > MAX_SHAPES:
+            below = self.measure(child, depth + 1)
+            shapes += below.shapes
+            height = max(height, below.height + 1)
+            if shapes > MAX_SHAPES:
                 break
-        self._counts[element] = total
-        return total
+        self._sizes[element] = _Size(shapes, height)
+        return self._sizes[element]
 
     def _referenced(self, element: ElementTree.Element) -> list[ElementTree.Element]:
         """What an element draws by reference."""

@@ -1,6 +1,7 @@
 // Requests to the server: the token, errors in the API's own words. Knows HTTP; nothing of images.
 
 const TOKEN = "minidalle-token";
+export const SILENT = "the server does not answer; see whether it still runs";
 
 /** What the server refused a request with. */
 export class ApiError extends Error {
@@ -11,10 +12,28 @@ export class ApiError extends Error {
   }
 }
 
-/** Keeps a token until the tab is closed. */
-export function setToken(token) {
-  sessionStorage.setItem(TOKEN, token);
+/** Keeps a token until the tab is closed, or the page where the browser stores nothing. */
+export function setToken(given) {
+  if (!/^[\x21-\x7e]*$/.test(given)) {
+    throw new Error("a token has no spaces and no letters beyond ASCII; copy it again");
+  }
+  token = given;
+  try {
+    sessionStorage.setItem(TOKEN, given);
+  } catch {
+    // The page has it.
+  }
 }
+
+function stored() {
+  try {
+    return sessionStorage.getItem(TOKEN);
+  } catch {
+    return null;
+  }
+}
+
+let token = stored();
 
 /**
  * The response to a request. An object as `json` is sent as JSON, a FormData as `form`; neither asks
@@ -22,7 +41,6 @@ export function setToken(token) {
  */
 export async function request(path, { json, form, signal } = {}) {
   const headers = {};
-  const token = sessionStorage.getItem(TOKEN);
   if (token) headers.Authorization = `Bearer ${token}`;
   if (json) headers["Content-Type"] = "application/json";
   const method = json || form ? "POST" : "GET";
@@ -32,7 +50,7 @@ export async function request(path, { json, form, signal } = {}) {
     response = await fetch(path, { method, headers, body, signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("the server does not answer; see whether it still runs");
+    throw new ApiError(SILENT);
   }
   if (!response.ok) throw await refusal(response);
   return response;

@@ -24,7 +24,7 @@ export class EditPanel {
     setNumber(brush, Math.round(this.mask.cell[0]));
     this.mask.size = Number(brush.value);
     brush.addEventListener("input", () => {
-      this.mask.size = Math.max(1, Number(brush.value) || 1);
+      this.mask.size = Math.min(Math.max(1, Number(brush.value) || 1), Number(brush.max));
     });
     for (const radio of document.getElementsByName("tool")) {
       radio.addEventListener("change", () => (this.mask.erasing = radio.value === "erase"));
@@ -33,8 +33,12 @@ export class EditPanel {
     byId("mask-clear").addEventListener("click", () => this.mask.clear());
   }
 
-  /** Shows a record's image with an empty mask. */
+  /** Shows a record's image with an empty mask. The mask of the image before stays, if it is it. */
   start(record, image) {
+    if (record === this.#record) {
+      this.mask.draw();
+      return;
+    }
     this.#record = record;
     byId("edit-prompt").value = record.prompt;
     this.mask.start(image);

@@ -9,11 +9,15 @@ export class History {
   #base = null;
 
   async open() {
-    const opening = indexedDB.open(NAME, 1);
-    opening.onupgradeneeded = () => {
-      opening.result.createObjectStore(STORE, { keyPath: "id", autoIncrement: true });
-    };
-    this.#base = await done(opening).catch(() => null);
+    try {
+      const opening = indexedDB.open(NAME, 1);
+      opening.onupgradeneeded = () => {
+        opening.result.createObjectStore(STORE, { keyPath: "id", autoIncrement: true });
+      };
+      this.#base = await done(opening);
+    } catch {
+      this.#base = null;
+    }
   }
 
   /**

@@ -7,7 +7,7 @@ import { Gallery } from "/page/gallery.js";
 import { History } from "/page/history.js";
 import { settingsOf } from "/page/png.js";
 import { recordOfFile, sampled, settingsOfRecord } from "/page/runs.js";
-import { Viewer } from "/page/viewer.js";
+import { BUSY, Viewer } from "/page/viewer.js";
 
 const NUM_IDEAS = 8;
 const NOT_KEPT =
@@ -27,6 +27,7 @@ class Page {
       sample: (run) =>
         this.sample({ ...run, fields: { ...this.form.optionsOfChanges(), ...run.fields } }),
       reuse: (record) => this.fill(settingsOfRecord(record)),
+      busy: () => this.#running !== null,
     });
     this.gallery = new Gallery(model, (record) => this.viewer.open(record));
     byId("form").addEventListener("submit", (event) => {
@@ -42,12 +43,12 @@ class Page {
   /** Samples images and shows them as they come. */
   async sample(run) {
     if (this.#running) {
-      showError(byId("alert"), new Error("images are being drawn; wait for them, or cancel"));
+      showError(byId("alert"), new Error(BUSY));
       return;
     }
     this.#running = new AbortController();
     const count = run.fields.n ?? 1;
-    const view = this.gallery.begin(run, count);
+    const view = this.gallery.begin(run, Math.min(count, this.model.limits.n));
     let ready = 0;
     let kept = true;
     this.#begin(count);
@@ -184,7 +185,12 @@ document.addEventListener("token-needed", () => {
 });
 byId("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  setToken(byId("token").value.trim());
+  try {
+    setToken(byId("token").value.trim());
+  } catch (error) {
+    showError(byId("alert"), error);
+    return;
+  }
   start();
 });
 start();

@@ -1,7 +1,7 @@
 // One request for images: what is sent, and what the stream of its answer says. Knows bodies; shows
 // nothing.
 
-import { errorOf, request, requestJson } from "/page/api.js";
+import { ApiError, errorOf, request, requestJson, SILENT } from "/page/api.js";
 import { base64Of, blobOf, scaled } from "/page/png.js";
 import { events } from "/page/sse.js";
 
@@ -29,12 +29,16 @@ export async function* sampled(model, run, signal) {
   const fields = { ...run.fields, stream: true, preview_every: every };
   const body = run.files ? { form: formOf(fields, run.files) } : { json: fields };
   const response = await request(PATHS[run.kind], { ...body, signal });
+  let missing = fields.n ?? 1;
   for await (const event of events(response)) {
     if (event.type === "error") throw errorOf(event);
     const index = event.image_index;
     if (event.type.endsWith(".partial_image")) yield { index, preview: event.b64_json };
-    if (event.type.endsWith(".completed")) yield { index, record: recordOf(model, run, event) };
+    if (!event.type.endsWith(".completed")) continue;
+    missing--;
+    yield { index, record: recordOf(model, run, event) };
   }
+  if (missing > 0) throw new ApiError(SILENT);
 }
 
 function recordOf(model, run, event) {

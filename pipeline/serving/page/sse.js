@@ -1,13 +1,15 @@
 // Server-sent events of a response to a POST, which EventSource cannot ask for. Knows the format
 // alone: https://html.spec.whatwg.org/multipage/server-sent-events.html
 
+import { ApiError, SILENT } from "/page/api.js";
+
 /** Yields the JSON of each event's data. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await reader.read().catch(asError);
       if (done) break;
       text += value.replaceAll("\r", "");
       const blocks = text.split("\n\n");
@@ -20,6 +22,11 @@ export async function* events(response) {
   } finally {
     await reader.cancel().catch(() => {});
   }
+}
+
+/** What reading failed with: the user's own end of it, or the server's silence. */
+function asError(error) {
+  throw error.name === "AbortError" ? error : new ApiError(SILENT);
 }
 
 function dataOf(block) {

@@ -12,15 +12,20 @@ import { TokensView } from "/page/tokens.js";
 const STAGES = { view: ["image"], tokens: ["image", "codes"], edit: ["mask"], extend: ["canvas"] };
 const ALL = ["image", "codes", "mask", "canvas"];
 const NUM_CAPTIONS = 3;
+export const BUSY = "images are being drawn; wait for them, or cancel";
 
-/** The dialog. `sample` is called with a run, `reuse` with a record. */
+/**
+ * The dialog. `sample` is called with a run, `reuse` with a record; `busy` says whether images are
+ * being drawn.
+ */
 export class Viewer {
   #dialog = byId("viewer");
   #record = null;
   #url = null;
 
-  constructor(model, { sample, reuse }) {
+  constructor(model, { sample, reuse, busy }) {
     this.sample = sample;
+    this.busy = busy;
     linkSliders(this.#dialog);
     this.tokens = new TokensView(model);
     this.edit = new EditPanel(model);
@@ -106,6 +111,7 @@ export class Viewer {
   }
 
   #leave(run) {
+    if (this.busy()) throw new Error(BUSY);
     this.#dialog.close();
     this.sample(run);
   }

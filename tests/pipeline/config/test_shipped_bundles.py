@@ -116,7 +116,7 @@ def test_an_installation_without_the_bundle_is_one_clear_error(package_data, cap
             capsys,
             ["generate", "a red heart", *arguments],
             "this installation lacks the bundle 'icons'",
-            "configs/icons-long.yaml",
+            "install mini-dalle again",
         )
 
 

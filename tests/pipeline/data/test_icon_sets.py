@@ -39,7 +39,10 @@ def test_icons_are_known_by_the_code_points_of_the_set(tmp_path):
     assert list(found.drawings) == ["1f600", "2764"]
     assert found.own_names == {"1f600": "grin", "2764": "heart"}
     assert (found.style, found.licence, found.author) == ("some", "MIT", "A. Painter")
-    assert found.problems == ["some: 1 icons without code points in chars.json left out"]
+    assert found.problems == [
+        "some: 1 icons, such as digit-eight, have no code points in chars.json and are left out; "
+        "add them to it"
+    ]
 
 
 def test_without_code_points_names_are_looked_up_in_words_and_as_in_unicode(tmp_path):
@@ -100,21 +103,23 @@ def test_aliases_are_mirrored_and_turned(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "alias",
+    ("alias", "reason"),
     [
-        {"parent": "missing"},
-        {"parent": "loop"},
-        {},
-        "text",
-        {"parent": "a", "rotate": "x"},
-        {"parent": "a", "rotate": 1e400},
+        ({"parent": "missing"}, "it is an alias of 'missing', which the set lacks"),
+        ({"parent": "loop"}, "it is an alias of more than 10 aliases"),
+        ({}, "it is an alias without a text `parent`"),
+        ({"parent": 3}, "it is an alias without a text `parent`"),
+        ("text", "it is no object"),
+        ({"parent": "a", "rotate": "x"}, "invalid literal"),
+        ({"parent": "a", "rotate": 1e400}, "cannot convert float infinity"),
     ],
 )
-def test_an_alias_that_leads_nowhere_is_skipped_and_named(tmp_path, alias):
+def test_an_alias_that_leads_nowhere_is_skipped_and_named(tmp_path, alias, reason):
     path = write_set(tmp_path, "set", {"a": body("red")}, aliases={"loop": alias})
     found = read_set(path, {})
     assert list(found.drawings) == ["a"]
-    assert len(found.problems) == 1 and "set:loop is left out" in found.problems[0]
+    (line,) = found.problems
+    assert line.startswith(f"set:loop is left out: {reason}")
 
 
 def test_icons_that_are_no_objects_are_skipped_and_named(tmp_path):
@@ -128,6 +133,39 @@ def test_icons_that_are_no_objects_are_skipped_and_named(tmp_path):
         "set:text is left out: it is no object",
         "set:none is left out: it is no object",
     ]
+
+
+def test_an_icon_without_a_drawing_is_skipped_and_named(tmp_path):
+    path = write_set(tmp_path, "set", {"a": body("red")})
+    content = json.loads((path / "icons.json").read_text())
+    content["icons"]["empty"] = {}
+    (path / "icons.json").write_text(json.dumps(content))
+    assert read_set(path, {}).problems == ["set:empty is left out: it has no text `body`"]
+
+
+def test_code_points_are_read_where_the_advice_says(tmp_path):
+    icons = {"grinningface": body("red"), "cook": body("blue"), "odd": body("green")}
+    whole = write_set(tmp_path, "old", icons) / "icons.json"
+    own = tmp_path / "own.json"
+    own.write_text(whole.read_text())
+    (line,) = read_set(own, key_index(NAMES)).problems
+    assert line.startswith("old has no `chars`: ") and line.endswith(
+        "; add `chars` if these are emoji"
+    )
+    chars = {"1f600": "grinningface", "1f9d1-200d-1f373": "cook", "1f4a9": "odd"}
+    own.write_text(json.dumps(json.loads(own.read_text()) | {"chars": chars}))
+    assert set(read_set(own, {}).drawings) == set(chars)
+    folder = tmp_path / "svgs"
+    folder.mkdir()
+    for name in icons:
+        (folder / f"{name}.svg").write_text(
+            f'<svg xmlns="http://www.w3.org/2000/svg">{icons[name]}</svg>'
+        )
+    (line,) = read_set(folder, key_index(NAMES)).problems
+    assert line.endswith("; add chars.json if these are emoji")
+    (folder / "chars.json").write_text(json.dumps(chars))
+    found = read_set(folder, {})
+    assert set(found.drawings) == set(chars) and not found.problems
 
 
 def test_code_points_without_a_name_are_left_out(tmp_path):

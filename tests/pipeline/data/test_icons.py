@@ -195,8 +195,9 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     assert len(train.everything) == 3
     problems = "\n".join(train.problems)
     assert "set states no licence" in problems
-    assert "set: the drawing of bad is left out: it has an element <script>" in problems
-    assert "set: the drawing of cut is left out: it is no XML" in problems
+    assert "set: the drawing of bad is left out (it has an element <script>" in problems
+    assert "set: the drawing of cut is left out (it is no XML" in problems
+    assert problems.count("); save it as a plain SVG") == 2
 
 
 def test_equal_drawings_of_a_style_count_once(tmp_path):

@@ -103,7 +103,11 @@ def test_references_within_a_drawing_are_followed():
         ("<style>@import 'a.css';</style>", "style loads an address"),
         ("<style>rect { fill: url(file:///a) }</style>", "style loads an address"),
         ("<foreignObject><p/></foreignObject>", "<foreignObject>"),
-        ("<text>a</text>", "<text>"),
+        ("<text>a</text>", "<text>, which is not rendered; convert it to paths"),
+        ('<filter id="f"><feTurbulence numOctaves="100000000"/></filter>', "<feTurbulence>"),
+        ('<pattern id="p" width="100000" height="100000"/>', "<pattern>"),
+        ('<marker id="m"/>', "<marker>"),
+        (f"<style>{'g,' * 6000}g {{}}</style>", "style sheet of more than 10,000 letters"),
     ],
 )
 def test_what_loads_or_runs_is_refused(body, reason):
@@ -123,11 +127,30 @@ def test_what_loads_or_runs_is_refused(body, reason):
         (svg("<g>" * 101 + "</g>" * 101), "nested more than 100 deep"),
         (svg('<g id="a"><use href="#a"/></g>'), "nested more than 100 deep"),
         ('<svg xmlns="http://www.w3.org/2000/svg" width="0" height="0"/>', "one side may"),
+        (svg(""), "it has nothing that can be seen"),
+        (svg('<rect width="8" height="8" fill="none"/>'), "it has nothing that can be seen"),
     ],
 )
 def test_what_is_no_usable_drawing_is_refused(text, reason):
     with pytest.raises(UnusableSvg, match=reason):
         render(text, 8)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_references_add_to_the_depth_of_what_they_name(order):
+    """Four groups of 90, each of which uses the one before; resvg would overflow its stack."""
+    groups = ['<g id="a0"><rect width="1" height="1"/></g>']
+    for level in range(3):
+        inside = "<g>" * 90 + f'<use href="#a{level}"/>' + "</g>" * 90
+        groups.append(f'<g id="a{level + 1}">{inside}</g>')
+    with pytest.raises(UnusableSvg, match="nested more than 100 deep"):
+        check_svg(svg("".join(groups[::order])))
+
+
+def test_a_fault_of_resvg_is_a_drawing_that_cannot_be_rendered():
+    broken = svg('<path d="M0 0h5v5z" stroke="red" stroke-width="1e30"/>')
+    with pytest.raises(UnusableSvg, match="cannot be rendered by resvg"):
+        render(broken, 8)
 
 
 def test_a_drawing_that_unfolds_without_bound_is_refused_at_once():

@@ -43,7 +43,7 @@ def test_trained_wordings_are_no_problem(prompt):
 def test_a_style_that_was_not_trained_is_named_with_all_styles_the_nearest_first():
     (line,) = KNOWN.problems("a red heart, notto style")
     assert "the style 'notto' was not trained" in line
-    assert line.endswith("the nearest first: noto, fluent, blob")
+    assert line.endswith("the nearest first: noto, blob, fluent")
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,30 @@ def test_a_name_that_no_set_has_is_named_with_the_nearest():
     assert line.startswith("no icon is named 'red hart'; the nearest names: 'red heart'")
     (line,) = KNOWN.problems("buton")
     assert "'A button (blood type)'" in line
+
+
+def test_a_comma_before_the_style_is_no_part_of_the_name():
+    assert KNOWN.problems("a red heart, in the noto style") == []
+
+
+def test_a_name_keeps_letters_that_look_like_an_article():
+    (line,) = KNOWN.problems("a woman with a kite")
+    assert line.startswith("no icon is named 'woman with a kite'; the nearest names: ")
+
+
+def test_a_name_that_resembles_none_has_no_nearest():
+    (line,) = KNOWN.problems("\u57ce")
+    assert line == "no icon is named '\u57ce'; the image may show anything"
+
+
+def test_thousands_of_names_are_compared_without_an_edit_distance(monkeypatch):
+    def refused(*arguments: object) -> None:
+        raise AssertionError("an edit distance takes a second for 4,000 names")
+
+    monkeypatch.setattr("difflib.SequenceMatcher.ratio", refused)
+    known = KnownPrompts(("noto",), tuple(f"name {i}" for i in range(50)))
+    (line,) = known.problems("quetzalcoatl, noto style")
+    assert line.startswith("no icon is named 'quetzalcoatl'")
 
 
 def test_both_are_two_lines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import subprocess
 import sys
 
@@ -11,9 +12,41 @@ import torch
 
 from pipeline.config.train import TrainConfig
 from pipeline.runtime import devices
-from pipeline.runtime.devices import should_compile, tune_malloc, uses_bf16
+from pipeline.runtime.devices import (
+    free_in_container,
+    free_memory,
+    should_compile,
+    tune_malloc,
+    uses_bf16,
+)
 
 CPU = torch.device("cpu")
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "stat", "expected"),
+    [
+        (f"{2 * GIB}\n", f"{GIB}\n", f"anon 5\ninactive_file {GIB // 4}\n", 1.25 * GIB),
+        (f"{GIB}\n", f"{2 * GIB}\n", "", 0),
+        ("max\n", f"{GIB}\n", "", math.inf),
+        (f"{GIB}\n", "?", "", math.inf),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_s_limit_is_read(tmp_path, version, limit, used, stat, expected):
+    folder = tmp_path if version == 2 else tmp_path / "memory"
+    folder.mkdir(exist_ok=True)
+    names = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
+    for name, text in zip((*names, "stat"), (limit, used, stat), strict=True):
+        (folder / f"memory.{name}").write_text(text)
+    assert free_in_container(tmp_path) == expected
+
+
+def test_free_memory_is_at_most_what_the_container_has(tmp_path, monkeypatch):
+    assert free_in_container(tmp_path) == math.inf  # no container
+    monkeypatch.setattr(devices, "free_in_container", lambda: 1000)
+    assert free_memory(CPU) == 1000
 
 
 def test_auto_precision_is_bf16_where_native(monkeypatch):

@@ -96,3 +96,18 @@ def test_tokens_of_a_file(tmp_path, caplog):
         read_tokens(path)
     with pytest.raises(FileNotFoundError, match="there is no token file"):
         read_tokens(tmp_path / "none")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_token_file_of_another_encoding_is_refused_with_its_name(tmp_path, encoding):
+    path = tmp_path / "tokens.txt"
+    path.write_text("secret", encoding=encoding)
+    with pytest.raises(ValueError, match=r"tokens\.txt is not UTF-8 text .*; save it as UTF-8"):
+        read_tokens(path)
+
+
+def test_a_token_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "tokens.txt"
+    path.write_text("secret", encoding="utf-8-sig")
+    path.chmod(0o600)
+    assert read_tokens(path) == ["secret"]

@@ -182,7 +182,7 @@ def test_a_preview_shows_the_codes_so_far_and_grey(pipe):
         fields = GenerationRequest(**HEART, stream=True, preview_every=4)
         work = await service.generation(fields)
         job = service.start(work)
-        return [one async for one in service.images(work, job)]
+        return [one async for one in service.images(work, job, service.deadline())]
 
     found = asyncio.run(run())
     service.close()

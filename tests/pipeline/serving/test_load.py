@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 
 import httpx
 import pytest
 
+from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.serving import middleware, own_routes
+from pipeline.serving.schemas import GenerationRequest
 from stage2_prior import Engine
 from tests.helpers.serving import (
     StepGate,
@@ -66,6 +69,60 @@ def test_images_that_take_too_long_are_504_and_cancelled(pipe, monkeypatch):
     assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
     # One step may be under way.
     assert "minidalle_step_seconds_count 1.0" in metrics or "step_seconds_count 0.0" in metrics
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_is_planned_too_slowly_is_504(pipe, monkeypatch, stream):
+    held = threading.Event()
+    in_any_case = threading.Timer(20, held.set)
+    in_any_case.start()
+    monkeypatch.setattr(TextToImagePipeline, "plan", lambda *given, **options: held.wait(30))
+    with client_of(pipe, timeout=0.1) as client:
+        late = client.post(URL, json=HEART | {"stream": stream})
+        held.set()
+        in_any_case.cancel()
+    assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
+
+
+def test_a_stream_whose_client_reads_late_ends_with_an_error(pipe, monkeypatch):
+    gate = StepGate(monkeypatch)
+    service = tiny_app(pipe, timeout=0.2).state.service
+
+    async def run():
+        work = await service.generation(GenerationRequest(**HEART, n=2, stream=True))
+        images = service.images(work, service.start(work), service.deadline())
+        gate.open.set()
+        await anext(images)
+        await asyncio.sleep(0.5)  # the reader is held up beyond the deadline, and not ended
+        with pytest.raises(TimeoutError):
+            await anext(images)
+
+    asyncio.run(run())
+    service.close()
+
+
+def test_an_image_is_not_read_where_there_is_no_room(pipe, monkeypatch):
+    gate = StepGate(monkeypatch)
+    in_any_case = threading.Timer(20, gate.open.set)
+    in_any_case.start()
+    with client_of(
+        serving_pipeline(any_order=True), num_rows=2, max_waiting=1, max_images=2
+    ) as client:
+        sampler = client.app.state.service.sampler
+        asking = threading.Thread(
+            target=client.post, args=(URL,), kwargs={"json": HEART | {"n": 2}}
+        )
+        asking.start()
+        while sampler.num_pending < 2:
+            time.sleep(0.001)
+        files = {"image": b"no image"}
+        full = client.post("/v1/images/variations", files=files, data={"prompt": "a red heart"})
+        gate.open.set()
+        in_any_case.cancel()
+        asking.join()
+        refused = client.post("/v1/images/variations", files=files, data={"prompt": "a red heart"})
+    assert full.status_code == 429
+    assert refused.json()["error"]["code"] == "invalid_image"
 
 
 def test_requests_that_sample_nothing_wait_in_a_bounded_queue_and_for_a_limited_time(

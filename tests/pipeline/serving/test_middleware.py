@@ -94,6 +94,26 @@ def test_this_machine_s_hosts_are_answered(client, host):
     assert client.get("/healthz", headers={"host": host}).status_code == 200
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_pages_of_other_sites_can_send_nothing(client, site):
+    refused = client.post(URL, json=HEART, headers={"sec-fetch-site": site})
+    assert refused.status_code == 403 and refused.json()["error"]["code"] == "other_site"
+    assert client.get("/", headers={"sec-fetch-site": site}).status_code == 200  # a link
+
+
+@pytest.mark.parametrize("site", ["same-origin", "none"])
+def test_the_page_and_the_user_can_send_requests(client, site):
+    assert client.post(URL, json=HEART, headers={"sec-fetch-site": site}).status_code == 200
+
+
+def test_invented_methods_are_one_label_of_the_metrics():
+    with client_of() as client:
+        for i in range(3):
+            assert client.request(f"ODD{i}", "/healthz").status_code == 405
+        text = client.get("/metrics").text
+    assert 'method="other",path="/healthz",status="405"} 3.0' in text and "ODD" not in text
+
+
 def test_unknown_paths_and_methods(client):
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
     wrong = client.get(URL)

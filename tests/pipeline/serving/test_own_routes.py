@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import base64
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
+import pipeline.serving.own_routes
+from pipeline.inference.pipeline import TextToImagePipeline
 from tests.helpers.serving import client_of, image_of, png_of, serving_pipeline
 
 
@@ -122,3 +127,43 @@ def test_the_interface_is_described(client):
     described = client.get("/openapi.json").json()
     assert {"/v1/images/generations", "/v1/images/edits", "/v1/score"} <= set(described["paths"])
     assert "best_of" in described["components"]["schemas"]["GenerationRequest"]["properties"]
+
+
+def test_scores_and_captions_of_broken_weights_are_errors(client, pipe, monkeypatch):
+    content = base64.b64encode(png_of(pipe("a red heart", seed=2).images[0])).decode()
+    monkeypatch.setattr(
+        pipeline.serving.own_routes,
+        "score_each_code",
+        lambda prior, ids, codes: torch.full((1, 16), float("nan")),
+    )
+    monkeypatch.setattr(
+        TextToImagePipeline, "caption", lambda *given, **options: [("a", float("nan"))]
+    )
+    for url, body in (
+        ("/v1/score", {"prompt": "a red heart", "codes": [0] * 16}),
+        ("/v1/captions", {"image": content}),
+    ):
+        response = client.post(url, json=body)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (500, "sampling_failed"), url
+        assert "the bundle is damaged" in error["message"]
+
+
+def test_images_do_not_wait_for_scores(client, monkeypatch):
+    held, begun = threading.Event(), threading.Event()
+    plain = pipeline.serving.own_routes.score_each_code
+
+    def slow(*given):
+        begun.set()
+        assert held.wait(60)
+        return plain(*given)
+
+    monkeypatch.setattr(pipeline.serving.own_routes, "score_each_code", slow)
+    body = {"prompt": "a red heart", "codes": [0] * 16}
+    with ThreadPoolExecutor(1) as pool:
+        scored = pool.submit(client.post, "/v1/score", json=body)
+        assert begun.wait(60)
+        drawn = client.post("/v1/images/generations", json={"prompt": "a red heart"})
+        assert drawn.status_code == 200 and not scored.done()
+        held.set()
+        assert scored.result().status_code == 200

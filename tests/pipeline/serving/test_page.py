@@ -96,6 +96,25 @@ def test_an_error_is_shown_in_the_servers_words_and_goes_with_the_next_try(page)
     expect(alert).to_be_empty()
 
 
+def test_a_stream_that_ends_early_is_an_error(page):
+    def ended(route: Any) -> None:
+        route.fulfill(status=200, content_type="text/event-stream", body="")
+
+    page.route("**/v1/images/generations", ended)
+    options(page, n=2)
+    page.locator("#draw").click()
+    expect(page.get_by_role("alert").first).to_contain_text("the server does not answer")
+    expect(page.locator(".tile")).to_have_count(0)
+
+
+def test_more_images_than_the_server_allows_are_not_laid_out(page, any_order):
+    page.route("**/v1/images/generations", lambda route: None)  # never answers
+    options(page, n=200_000)
+    page.locator("#draw").click()
+    expect(page.locator(".tile")).to_have_count(16)
+    page.locator("#cancel").click()
+
+
 def test_warnings_about_the_prompt_are_shown(page):
     draw(page, "a red hart")
     expect(page.locator(".warnings li")).to_contain_text("the nearest names: 'a red heart'")
@@ -401,3 +420,32 @@ def test_settings_of_an_image_fill_the_form(page):
     expect(page.locator("#prompt")).to_have_value("a red star")
     expect(page.locator("#seed")).to_have_value("9")
     expect(page.locator("#temperature")).to_have_value("0.5")
+
+
+def test_a_mask_stays_where_the_server_draws_something_else(page, any_order):
+    draw(page)
+    any_order.gate.close_after(3)
+    page.locator("#draw").click()
+    expect(page.locator(".tile.waiting")).to_have_count(1)
+    choose(page, "edit", image=-1)
+    page.locator("#stage-mask").click(position={"x": 30, "y": 30})
+    marked = page.locator("#mask-readout").inner_text()
+    assert not marked.startswith("0 of")
+    page.locator("#edit-go").click()
+    expect(page.locator("#viewer-alert")).to_contain_text("images are being drawn")
+    page.locator("#viewer-close").click()
+    any_order.gate.open()
+    ready(page, 1)
+    choose(page, "edit", image=-1)
+    expect(page.locator("#mask-readout")).to_have_text(marked)
+    page.locator("#edit-go").click()
+    ready(page, 1, runs=3)
+
+
+def test_a_brush_is_at_most_as_wide_as_its_slider(page):
+    draw(page)
+    choose(page, "edit")
+    page.locator("#brush").fill("1000000")
+    page.locator("#stage-mask").click(position={"x": 30, "y": 30})
+    expect(page.locator("#mask-readout")).not_to_contain_text("0 of")
+    expect(page.locator("#mask-readout")).not_to_contain_text("16 of 16")

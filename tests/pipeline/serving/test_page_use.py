@@ -32,6 +32,36 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(open_page, raster):
     assert page.evaluate("localStorage.length") == 0
 
 
+@pytest.mark.parametrize("token", ["se\u200bcret", "\u201csecret\u201d", "se cret"])
+def test_a_token_that_no_header_can_carry_is_refused_and_asked_for_again(open_page, raster, token):
+    page = open_page(raster.url)
+    for _ in range(2):
+        page.locator("#token").fill(token)
+        page.keyboard.press("Enter")
+        expect(page.locator("#alert")).to_contain_text("no letters beyond ASCII")
+        page.reload()
+        expect(page.locator("#token-form")).to_be_visible()
+    page.locator("#token").fill("secret")
+    page.keyboard.press("Enter")
+    expect(page.locator("#form")).to_be_visible()
+
+
+def test_the_page_works_where_the_browser_stores_nothing(open_page, raster):
+    page = open_page("about:blank")
+    page.add_init_script(
+        """for (const name of ["sessionStorage", "indexedDB"]) {
+            Object.defineProperty(window, name, {
+                get() { throw new DOMException("no storage", "SecurityError"); },
+            });
+        }"""
+    )
+    page.goto(raster.url)
+    page.locator("#token").fill("secret")
+    page.keyboard.press("Enter")
+    draw(page)
+    expect(page.locator("#alert")).to_be_empty()
+
+
 def test_what_a_bundle_cannot_do_is_not_shown(page, open_page, raster):
     names = ["#guidance_scale", "#steps", "#best_of", "#judge", "#styles"]
     inside = ["#caption", "#vary", "[data-mode=edit]", "[data-mode=extend]"]

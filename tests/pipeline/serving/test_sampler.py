@@ -65,9 +65,11 @@ def test_a_full_queue_tells_how_long_its_codes_take(pipe, monkeypatch):
     async def run():
         sampler = Sampler(pipe.prior, num_rows=2, max_waiting=2)
         job = sampler.submit(plan(pipe, n=3))
-        sampler._codes_per_second = 4.0  # 3 images of 16 codes
+        sampler._codes_per_second = 4.0  # images of 16 codes
+        with pytest.raises(QueueFull, match="try again in 4 seconds"):
+            sampler.submit(plan(pipe))  # one too many
         with pytest.raises(QueueFull, match="try again in 12 seconds") as full:
-            sampler.submit(plan(pipe))
+            sampler.check_room(3)
         gate.open.set()
         await all_of(job)
         assert sampler._codes_per_second != 4.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -14,9 +15,13 @@ from PIL import Image
 
 from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
+from pipeline.config.builtin import IconOptions
+from pipeline.config.data import DataConfig, MixPart
+from pipeline.config.experiment import Experiment
 from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.stages.nearest_style import nearest_style
 from pipeline.stages.prior import stream_config
+from pipeline.stages.run import prompts_and_licences
 from pipeline.stages.style import (
     DRAWINGS,
     known_styles,
@@ -172,6 +177,55 @@ def test_drawings_of_an_iconify_file_keep_its_licence(bundle, tmp_path, caplog):
         _, licences = with_new_style(bundle, experiment.data)
         assert [one["licence"] for one in licences] == ["Apache-2.0", expected]
         assert ("states no licence" in caplog.text) == (expected is None)
+
+
+@pytest.fixture
+def bare_bundle(bundle, tmp_path):
+    """A bundle that states no licences, and whose names were too many to be kept."""
+    folder = tmp_path / "bare"
+    shutil.copytree(bundle, folder)
+    for name, part, value in (
+        ("pipeline.json", "trained_on", {"data": {"source": "icons"}}),
+        ("prompts.json", "names", []),
+    ):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {part: value}))
+    return folder
+
+
+@pytest.mark.parametrize("licence", ["CC-BY-SA-4.0", None])
+def test_a_new_style_keeps_its_licence_where_the_parent_states_none(bare_bundle, tmp_path, licence):
+    drawings = {f"thing-{i}": body("red", i) for i in range(6)}
+    path = write_set(tmp_path, "ink", drawings, licence=licence)
+    where = ["--output-dir", str(tmp_path / "runs")]
+    experiment = style_experiment(bare_bundle, path, settings=where)
+    assert experiment.name == "ink"
+    known, licences = with_new_style(bare_bundle, experiment.data)
+    assert [(one["style"], one["licence"]) for one in licences] == (
+        [("ink", licence)] if licence else []
+    )
+    assert known == KnownPrompts(("noto", "fluent", "ink"), ())
+
+
+@pytest.mark.parametrize(
+    ("given", "style"), [("ink/icons.json", "ink"), ("pen.json", "pen"), ("ink", "ink")]
+)
+def test_a_style_is_called_by_its_folder_or_its_file(bundle, tmp_path, given, style):
+    drawings = {f"thing-{i}": body("red", i) for i in range(6)}
+    made = write_set(tmp_path, "ink", drawings) / "icons.json"
+    (tmp_path / "pen.json").write_text(made.read_text())
+    where = ["--output-dir", str(tmp_path / "runs")]
+    experiment = style_experiment(bundle, tmp_path / given, settings=where)
+    assert experiment.name == style
+
+
+def test_icons_in_a_mixture_keep_their_licences(tmp_path):
+    write_set(tmp_path, "ink", {"thing": body("red")}, licence="CC-BY-4.0")
+    parts = [MixPart(source="icons"), MixPart(source=str(tmp_path / "photos"))]
+    icons = IconOptions(folder=str(tmp_path), sets=["ink"])
+    experiment = Experiment(name="both", data=DataConfig(mix=parts, icons=icons))
+    known, found = prompts_and_licences(experiment)
+    assert known is None and [one["licence"] for one in found] == ["CC-BY-4.0"]
 
 
 class Painter:
