@@ -197,11 +197,19 @@ def evaluate_command(
         max_images: validation images and prompts to evaluate on
         baseline_bundle: bundle to compare with on the old data and the new (that of init_from)
     """
+    from pipeline.evaluation.evaluate import is_own
+
     check_at_least("--max-images", max_images, 1)
     experiment = parse_experiment(settings)
     if os.environ.get("RANK", "0") != "0":  # one process evaluates: the images are few
         return
-    out = out or experiment.folder / "evaluation.json"
+    if out is None:
+        out = experiment.folder / "evaluation.json"
+        if bundle is not None and out.exists() and not is_own(experiment, bundle):
+            raise UsageError(
+                f"{out} has the metrics of the run's own bundle; add --out FILE for those of "
+                f"{bundle}"
+            )
     report = pipeline.evaluate(
         bundle or experiment.folder / "bundle",
         experiment,
@@ -269,7 +277,7 @@ def codebook_command(
     check_at_least("--max-images", max_images, 1)
     settings = config or settings_of_run(tokenizer)
     experiment = parse_experiment(["--config", str(settings)])
-    run = existing_tokenizer(tokenizer).parent
+    run = existing_tokenizer(tokenizer).resolve().parent
     out = out or run / "codebook"
     with network_forbidden(str(settings)) if config is None else nullcontext():
         source = pipeline.load_source(experiment.data, "held_out", require_captions=False)

@@ -104,7 +104,7 @@ def edit_command(
     strength: float | None = None,
     prompt: str = "",
     num_images: int = 4,
-    out: Path = Path("images"),
+    out: Path = Path("edited"),
     seed: int = 0,
     truncate: bool = False,
     **sampling: Unpack[Sampling],

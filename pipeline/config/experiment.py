@@ -194,7 +194,7 @@ class Experiment:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.output_dir) / self.name
+        return Path(self.output_dir).expanduser() / self.name
 
     def require_codes(self, command: str) -> None:
         """Raises ValueError where the tokenizer has no codes, which a command needs."""
@@ -230,7 +230,10 @@ def _has_codes(model: Mapping[str, Any]) -> bool:
 def _run_problems(values: Mapping[str, Any]) -> list[str]:
     name = values["name"]
     return problems(
-        (not name or Path(name).name != name, f"name is {name!r}; it must be a plain folder name"),
+        (
+            name in ("", "..") or Path(name).name != name,
+            f"name is {name!r}; it must be a plain folder name",
+        ),
         (
             not 0 <= values["seed"] < 2**31,
             f"seed is {values['seed']}; it must be at least 0 and below 2147483648",

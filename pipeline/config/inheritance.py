@@ -31,7 +31,7 @@ def stage_folder(given: str | Path, stage: Stage) -> Path:
         FileNotFoundError: there is no such stage, or it is not finished.
         ValueError: it is the other stage's folder, or has a prior of Gaussian latents.
     """
-    folder = _folder_with_config(Path(given), stage) or _folder_with_config(
+    folder = _folder_with_config(Path(given).expanduser(), stage) or _folder_with_config(
         bundle_folder(given), stage
     )
     if folder is None:

@@ -36,7 +36,7 @@ def bundle_folder(name: str | Path) -> Path:
         FileNotFoundError: it is such a name, and the installation lacks that bundle.
     """
     if str(name) not in SHIPPED:
-        return Path(name)
+        return Path(name).expanduser()
     if (Path(name) / "pipeline.json").is_file():
         _log.info("using the folder %s, not the bundle of that name in the package", Path(name))
         return Path(name)

@@ -77,6 +77,12 @@ def load_sources(
             load_sources(own, folder, share, require_captions=require_captions) for own in each
         ]
         train, held_out = zip(*loaded, strict=True)
+        for number, one in enumerate(train):
+            others = [part for part in held_out if part is not held_out[number]]
+            if isinstance(one, MappedSource | StreamSource):
+                for part in others:
+                    if isinstance(part, MappedSource):
+                        one.leave_out_copies(part.digests)
         weights = [part.weight for part in config.mix]
         return MixedSource(train, weights), MixedSource(held_out, weights)
     if config.source == "shapes":

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -118,10 +118,20 @@ class MappedSource(Source):
         self.num_images = len(self._rows)
         self.name = everything.rows.name
         self.fingerprint = everything.fingerprint
+        self._copies = 0
 
     @property
     def problems(self) -> list[str]:
-        return self._all.problems
+        if not self._copies:
+            return self._all.problems
+        return [*self._all.problems, f"{self._copies} copies of held-out images left out"]
+
+    def leave_out_copies(self, digests: Iterable[int]) -> None:
+        """Leaves images with these digests (`file_digest`) out."""
+        left = self._rows[~np.isin(self._all.digests[self._rows], list(set(digests)))]
+        self._copies += len(self._rows) - len(left)
+        self._rows = left
+        self.num_images = len(left)
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,H,W,C) uint8; see `Source`."""

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.evaluation.metrics import check_channels
 from pipeline.runtime.atomic_io import atomic_write_dir, check_output_dir
 from pipeline.runtime.html_page import data_uri, render
 from pipeline.runtime.image_grid import bars, make_grid
@@ -98,6 +99,7 @@ def codebook_page(
         raise ValueError(
             "there are no images to see the codes in; give a configuration with held-out images"
         )
+    check_channels(f"the tokenizer {tokenizer}", model, images.shape[-1])
     factor = model.own_config.downsample_factor
     grid = (images.shape[1] // factor, images.shape[2] // factor)
     batches = []

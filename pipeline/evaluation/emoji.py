@@ -33,14 +33,17 @@ from stage1_tokenizer.transparency import on_background
 CANDIDATES = 100
 
 
-def emoji_metrics(pipe: TextToImagePipeline, experiment: Experiment) -> dict[str, Accuracy | float]:
-    """The metrics of this module's description."""
+def emoji_metrics(
+    pipe: TextToImagePipeline, experiment: Experiment, images: int
+) -> dict[str, Accuracy | float]:
+    """The metrics of this module's description, on up to `images` names of each split."""
     seen = EmojiSource(experiment.data, "train")
     held_out = EmojiSource(experiment.data, "held_out")
-    drawn = sampled(pipe, held_out.captions(range(len(held_out))))
+    drawn = sampled(pipe, held_out.captions(range(min(images, len(held_out)))))
     metrics = _among_siblings(drawn, held_out)
     for name, source in (("held_out", held_out), ("seen", seen)):
-        rows = np.random.default_rng(0).permutation(len(source))[:CANDIDATES].tolist()
+        most = len(drawn) if source is held_out else len(source)
+        rows = np.random.default_rng(0).permutation(most)[: min(images, CANDIDATES)].tolist()
         captions = source.captions(rows)
         real = source.images(rows)
         own = drawn[rows] if source is held_out else sampled(pipe, captions)

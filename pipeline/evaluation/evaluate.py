@@ -24,7 +24,7 @@ from pipeline.evaluation.icons import icon_metrics
 from pipeline.evaluation.latents import latent_metrics
 from pipeline.evaluation.likelihood import likelihood_metrics
 from pipeline.evaluation.mean import Mean
-from pipeline.evaluation.metrics import autocast, prior_metrics, tokenizer_metrics
+from pipeline.evaluation.metrics import autocast, check_channels, prior_metrics, tokenizer_metrics
 from pipeline.evaluation.shapes import shapes_metrics
 from pipeline.inference.bundle import add_metrics
 from pipeline.inference.latent_pipeline import LatentPipeline
@@ -120,13 +120,17 @@ def evaluate(
             f"data.image_size is {as_setting(experiment.data.size)}; evaluate with the "
             "configuration it was trained with"
         )
+    check_channels(f"the bundle {bundle}", pipe.tokenizer, experiment.data.channels)
+    # What would be found out after the whole evaluation.
+    if out is not None and out.is_dir():
+        raise ValueError(f"{out} is a folder; give a file for the metrics, such as {out}/out.json")
     if before:
-        # What `forgetting` would find out after the whole evaluation.
         pipe.tokenizer.require_codes("comparing with an earlier bundle")
+        TextToImagePipeline.from_pretrained(before)
     if experiment.data.source == "emoji":
         check_split(pipe, experiment.data)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    held_out = _held_out(experiment)
+    held_out = held_out_source(experiment)
     count = min(images, len(held_out))
     if not count:
         raise ValueError(
@@ -157,9 +161,14 @@ def evaluate(
     report.seconds = time.perf_counter() - start
     if out is not None:
         report.save(out)
-        if bundle == experiment.folder / "bundle":
-            add_metrics(bundle, out)
+        if is_own(experiment, bundle):
+            add_metrics(experiment.folder / "bundle", out)
     return report
+
+
+def is_own(experiment: Experiment, bundle: str | Path) -> bool:
+    """Whether a bundle is that of the experiment's run."""
+    return Path(bundle).expanduser().resolve() == (experiment.folder / "bundle").resolve()
 
 
 def _codes_metrics(
@@ -176,13 +185,13 @@ def _codes_metrics(
     if experiment.data.source == "shapes":
         metrics |= shapes_metrics(pipe, experiment, reconstructions)
     if experiment.data.source == "emoji":
-        metrics |= emoji_metrics(pipe, experiment)
+        metrics |= emoji_metrics(pipe, experiment, images)
     if experiment.data.source == "icons":
         metrics |= icon_metrics(pipe, experiment, images)
     return metrics
 
 
-def _held_out(experiment: Experiment) -> Source:
+def held_out_source(experiment: Experiment) -> Source:
     """Validation images with captions; where no image has one and the prior reads none, all."""
     try:
         return load_source(experiment.data, "held_out", experiment.folder / "data")

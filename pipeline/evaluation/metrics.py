@@ -16,6 +16,7 @@ from pipeline.inference.base import BasePipeline
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.devices import uses_bf16
 from stage1_tokenizer import (
+    ImageTokenizer,
     count_codes,
     distinct_codes,
     reencoding_metrics,
@@ -43,6 +44,17 @@ class Reconstructions:
     metrics: dict[str, float]
     """PSNR (mean over images), SSIM, codebook usage and perplexity, distinct codes, and the
     fraction of codes unchanged by encoding again, directly and after JPEG."""
+
+
+def check_channels(what: str, tokenizer: ImageTokenizer, channels: int) -> None:
+    """Raises ValueError where images have other channels than a tokenizer."""
+    needed = tokenizer.own_config.channels
+    if channels != needed:
+        alpha = "keep" if needed == 4 else "white"
+        raise ValueError(
+            f"{what} has images of {needed} channels, and those of the configuration have "
+            f"{channels}; set data.alpha={alpha}"
+        )
 
 
 def autocast(pipe: BasePipeline, precision: str) -> torch.autocast:

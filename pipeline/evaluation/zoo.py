@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 from pipeline.config.experiment import Experiment
-from pipeline.data.load import load_source
-from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.evaluate import evaluate, held_out_source
 from pipeline.evaluation.metrics import stacked
 from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.pipeline import TextToImagePipeline
@@ -191,7 +190,7 @@ def _check_trainable(models: Mapping[str, Experiment]) -> None:
     if not models:
         return
     first = next(iter(models.values()))
-    held_out = load_source(first.data, "held_out", first.folder / "data")
+    held_out = held_out_source(first)
     count = min(len(held_out), _BATCH)
     if count < 2:
         raise ValueError(
@@ -278,7 +277,7 @@ def _judge(experiment: Experiment) -> dict[str, Any]:
     report = evaluate(bundle, experiment, experiment.folder / "evaluation.json", images=count)
     pipe = TextToImagePipeline.from_pretrained(bundle)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    held_out = load_source(experiment.data, "held_out", experiment.folder / "data")
+    held_out = held_out_source(experiment)
     shown = held_out.captions(range(min(_SHOWN, len(held_out))))
     with atomic_write(experiment.folder / _SAMPLES) as beside, beside.open("wb") as file:
         np.save(file, _sampled(pipe, shown), allow_pickle=False)
@@ -393,7 +392,7 @@ def times_table(times: Mapping[str, Mapping[str, Any]]) -> str:
 def _draw_samples(zoo: Zoo, names: Sequence[str]) -> None:
     """A row per model and a column per prompt, below the held-out images with these captions."""
     first = zoo.models[names[0]]
-    held_out = load_source(first.data, "held_out", first.folder / "data")
+    held_out = held_out_source(first)
     shown = range(min(_SHOWN, len(held_out)))
     rows = {"held-out image": held_out.images(shown)}
     for name in names:

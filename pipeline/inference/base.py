@@ -60,6 +60,11 @@ class BasePipeline:
         self.trained_on = trained_on or {}
         self.known_prompts = known_prompts
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether images depend on prompts."""
+        return True
+
     def to(self, device: torch.device | str) -> Self:
         """Moves both stages; returns itself."""
         self.tokenizer.to(device)

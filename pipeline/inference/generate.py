@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.atomic_io import (
     atomic_write_png,
     atomic_write_text,
+    short_stem,
     write_errors,
     writing_images,
 )
@@ -63,8 +64,9 @@ def generate(
         ValueError, FileNotFoundError: what `TextToImagePipeline` raises; nothing is written then.
     """
     state = distributed_state()
+    _check_folder(out)
     pipe = TextToImagePipeline.from_pretrained(bundle).to(state.device)
-    if not options.get("truncate"):
+    if not options.get("truncate") and pipe.reads_prompts:
         _check_lengths(pipe, prompts, given_in or [""] * len(prompts))
     if clip_scorer is not None:
         if options.get("judge", "likelihood") != "likelihood":
@@ -126,6 +128,10 @@ def edit(
     """
     from pipeline.data.readers.images import open_image
 
+    _check_folder(out)
+    files = [_file_name(number, prompt) for number in range(num_images)]
+    inputs = [image] if mask is None else [image, mask]
+    _refuse_overwriting(out, [*files, *sheet_names(num_images)], inputs)
     pipe = TextToImagePipeline.from_pretrained(bundle).to(distributed_state().device)
     original = open_image(image)
     with _notes():
@@ -190,7 +196,7 @@ def _write(out: Path, rows: Sequence[_Drawn], prompts: Sequence[str], seed: int)
             samples.unlink(missing_ok=True)
         for number, row in enumerate(rows):
             prompt = prompts[row.prompt]
-            file = f"{number:05d}{_slug(prompt)}.png"
+            file = _file_name(number, prompt)
             written.save(file, row.image)
             line = {
                 "prompt": prompt,
@@ -207,11 +213,29 @@ def _write(out: Path, rows: Sequence[_Drawn], prompts: Sequence[str], seed: int)
         atomic_write_text(samples, "\n".join(lines) + "\n")
 
 
-def _slug(prompt: str) -> str:
-    """A few plain words of the prompt for the file's name; the number before it keeps names
-    apart."""
+def _file_name(number: int, prompt: str) -> str:
+    """A number, which keeps names apart, and a few plain words of the prompt."""
     words = re.findall(r"[a-z0-9]+", prompt.lower())[:6]
-    return "".join(f"-{word}" for word in words)[:60]
+    slug = "".join(f"-{word}" for word in words)[:60]
+    return f"{number:05d}{slug}.png"
+
+
+def _check_folder(out: Path) -> None:
+    """Raises ValueError where images cannot go into `out`, before they are sampled."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(
+            f"{out} is a file, and images go into a folder; choose another by the option out"
+        )
+
+
+def _refuse_overwriting(out: Path, names: Iterable[str], inputs: Iterable[Path]) -> None:
+    """Raises ValueError where a file in `out` would take the place of one that is read."""
+    written = {(out / name).resolve() for name in names}
+    for file in inputs:
+        if file.resolve() in written:
+            raise ValueError(
+                f"{file} is read, and would be overwritten; choose another folder by the option out"
+            )
 
 
 def reconstruct(
@@ -243,6 +267,9 @@ def reconstruct(
         to_uint8,
     )
 
+    _check_folder(out)
+    names = [f"{number:05d}-{short_stem(file)}.png" for number, file in enumerate(files)]
+    _refuse_overwriting(out, [*names, "grid.png"], files)
     model = ImageTokenizer.from_pretrained(existing_tokenizer(tokenizer)).eval()
     channels = model.own_config.channels
     true = []
@@ -262,8 +289,7 @@ def reconstruct(
     ]
     lines = []
     with writing_images(out, len(files)) as written:
-        for number, (file, before, after) in enumerate(zip(files, true, drawn, strict=True)):
-            name = f"{number:05d}-{file.stem}.png"
+        for name, file, before, after in zip(names, files, true, drawn, strict=True):
             written.save(name, pil_image(after))
             lines.append(f"{file}: {psnr(before, after):.2f} dB -> {out / name}")
         if len({one.shape for one in true}) == 1:

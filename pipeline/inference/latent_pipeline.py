@@ -149,6 +149,12 @@ class LatentPipeline(LikelihoodMixin, BasePipeline):
     complete = _needs_codes("complete")
     score = _needs_codes("score")
     caption = _needs_codes("caption")
+    compile = _needs_codes("compile")
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether images depend on prompts."""
+        return self.prior.context_features > 0
 
     def _context(self, prompts: Sequence[str], truncate: bool) -> Tensor | None:
         """A context (prompts,C); None for an unconditional prior."""

@@ -17,7 +17,7 @@ from pipeline.inference.likelihood import check_mode
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.likelihood.estimate import Bound, ImageLikelihood, Method
 from pipeline.likelihood.surprise import Surprise
-from pipeline.runtime.atomic_io import atomic_write_text, writing_images
+from pipeline.runtime.atomic_io import atomic_write_text, short_stem, writing_images
 from pipeline.runtime.heat_map import beside_heat_maps
 from stage1_tokenizer.pixels import image_array
 
@@ -132,7 +132,7 @@ def _write(
     rows: list[dict[str, object]] = []
     with writing_images(out, len(files)) as written:
         for i, file in enumerate(files):
-            name = f"{i:05d}-{file.stem}.png"
+            name = f"{i:05d}-{short_stem(file)}.png"
             written.save(name, surprise_map(image_array(images[i]), maps[i]))
             row: dict[str, object] = {"file": str(file), "prompt": captions[i]}
             row["surprise_map"] = name

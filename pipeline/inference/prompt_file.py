@@ -48,11 +48,6 @@ def read_prompts(path: Path) -> list[Prompt]:
     lines = text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     if not lines[-1]:  # what follows the last newline is no line
         lines.pop()
-    for number, line in enumerate(lines, start=1):
-        if "\0" in line:
-            raise ValueError(
-                f"{path} line {number} holds a NUL character; save the file as text in UTF-8"
-            )
     prompts = [
         Prompt(line.strip(), f"{path} line {number}")
         for number, line in enumerate(lines, start=1)

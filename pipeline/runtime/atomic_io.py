@@ -81,6 +81,8 @@ def atomic_write_dir(target: Path, write: Callable[[Path], object]) -> None:
     Raises:
         WriteError: the disk is full or the folder cannot be written.
     """
+    if target.is_symlink():  # the folder that it leads to, which may be on another disk
+        target = target.resolve()
     beside = _beside(target, "writing")
     old = _beside(target, "old")
     with write_errors(target):
@@ -212,7 +214,7 @@ def _recover(old: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -256,6 +258,12 @@ class WrittenImages:
         """Writes an image as PNG and counts it."""
         atomic_write_png(self.folder / name, image)
         self.done += 1
+
+
+def short_stem(file: Path) -> str:
+    """A file's name without its ending, cut so that other files' names can contain it: most systems
+    allow 255 bytes."""
+    return file.stem.encode(errors="surrogateescape")[:180].decode(errors="ignore")
 
 
 @contextmanager

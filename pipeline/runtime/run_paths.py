@@ -21,7 +21,7 @@ def settings_of_run(tokenizer: Path) -> Path:
     Raises:
         FileNotFoundError: there is no tokenizer, or no run around it.
     """
-    written = existing_tokenizer(tokenizer).parent / "experiment.yaml"
+    written = existing_tokenizer(tokenizer).resolve().parent / "experiment.yaml"
     if not written.is_file():
         raise FileNotFoundError(
             f"there is no {written}, so it is not known which images to encode; add --config FILE"

@@ -213,7 +213,7 @@ def parent_bundle(experiment: Experiment) -> Path | None:
     """The bundle that a run starts from, or the bundle of the run that it starts from; None where
     there is none, or its images have another size."""
     for given in filter(None, (experiment.prior.init_from, experiment.tokenizer.init_from)):
-        folder = Path(given)
+        folder = Path(given).expanduser()
         places = [folder, folder / "bundle", folder.parent, folder.parent / "bundle"]
         with suppress(FileNotFoundError):  # an installation without it
             places.append(bundle_folder(given))

@@ -108,8 +108,8 @@ def _write_tar(shard: Path, path: Path, keys: _Keys) -> None:
             buffer = io.BytesIO()
             np.save(buffer, np.asarray(row["codes"], dtype=np.int32), allow_pickle=False)
             texts = [row["text"], *row["more_texts"]] if row["text"] is not None else []
-            if len(texts) > 1:  # otherwise a line break inside a caption would split it
-                texts = [text.replace("\n", " ") for text in texts]
+            # A caption per line, so that none may have a line break inside.
+            texts = [" ".join(text.splitlines()) for text in texts]
             content = {"codes.npy": buffer.getvalue()}
             content["json"] = json.dumps({"name": row["name"]}).encode()
             if texts:

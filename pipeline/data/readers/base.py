@@ -147,10 +147,11 @@ class Rows(Protocol):
 
 def is_held_out(name: str, share: float) -> bool:
     """Whether a name is held out, by its hash: adding images moves no other image."""
-    return _split_hash(name) < share * 2**64
+    return split_hash(name) < share * 2**64
 
 
-def _split_hash(name: str) -> int:
+def split_hash(name: str) -> int:
+    """A number below 2^64 by which a name is held out or not."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big")
 
@@ -161,7 +162,7 @@ def held_out_of(rows: Rows, used: np.ndarray, share: float) -> np.ndarray:
     the lowest is held out."""
     if rows.held_out is not None:
         return np.asarray(rows.held_out, bool)
-    hashes = {row: _split_hash(rows.label(row)) for row in np.flatnonzero(used).tolist()}
+    hashes = {row: split_hash(rows.label(row)) for row in np.flatnonzero(used).tolist()}
     chosen = [row for row, value in hashes.items() if value < share * 2**64]
     if not chosen and share > 0 and len(hashes) > 1:
         chosen = [min(hashes, key=hashes.__getitem__)]
@@ -262,8 +263,12 @@ def reason_of(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:_LONG]
 
 
+class OtherEncoding(ValueError):
+    """A text file is not in UTF-8."""
+
+
 def text_of(path: Path, most: int = MAX_TABLE_BYTES) -> str:
-    """A text file in UTF-8, or in UTF-16 with a byte-order mark.
+    """A text file in UTF-8, or in UTF-16 with a byte-order mark; without any NUL character.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -273,20 +278,28 @@ def text_of(path: Path, most: int = MAX_TABLE_BYTES) -> str:
     content = read_file(path, most)
     try:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return content.decode("utf-16")
-        return content.decode("utf-8-sig")
+            text = content.decode("utf-16")
+        else:
+            text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ValueError(
+        raise OtherEncoding(
             f"{path} is not UTF-8 (line {line}: {error}); save it in that encoding"
         ) from error
+    before, zero, _ = text.partition("\0")
+    if zero:  # of an encoding with two or four bytes per letter
+        line = len(before.splitlines()) or 1
+        raise OtherEncoding(
+            f"{path} line {line} holds a NUL character; save the file as text in UTF-8"
+        )
+    return text
 
 
-def unread_caption(error: ValueError) -> str:
+def unread_caption(error: OSError | ValueError) -> str:
     """The reason for a `SkipCounter` why `text_of` could not read a caption."""
     if isinstance(error, TooLarge):
         return LONG_CAPTION
-    return BAD_CAPTION if isinstance(error.__cause__, UnicodeDecodeError) else NO_FILE
+    return BAD_CAPTION if isinstance(error, OtherEncoding) else NO_FILE
 
 
 def is_text(name: str) -> bool:

@@ -39,7 +39,13 @@ def coco_file(path: Path, content: Mapping[str, object]) -> CocoFile | None:
     for number, image in enumerate(images):
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
             raise ValueError(f"{path}: images[{number}] has no file_name; give every image one")
-        names[_key(image.get("id"))] = image["file_name"]
+        key = _key(image.get("id"))
+        if image.get("id") is None or key in names:
+            raise ValueError(
+                f"{path}: images[{number}] has the id {image.get('id')!r}; give every image an id "
+                "of its own, which annotations name"
+            )
+        names[key] = image["file_name"]
     captions = []
     for number, annotation in enumerate(annotations):
         if not isinstance(annotation, dict) or "caption" not in annotation:

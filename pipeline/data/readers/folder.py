@@ -180,7 +180,7 @@ def _captions_beside(
         except LeavesFolder:
             tally.add(OUTSIDE, file)
             continue
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             tally.add(unread_caption(error), file)
             continue
         ending = PurePosixPath(file).suffix.lower()
@@ -411,6 +411,8 @@ def _named(
     column = table.image_column or "file_name"
     named: dict[str, list[Record]] = {}
     for number, row in enumerate(table.rows, start=1):
+        if not any(str(value or "").strip() for value in row.values()):
+            continue
         where = f"{metadata} row {number}"
         existing_column(where, column, list(row), "it names the image")
         name = row[column]

@@ -3,6 +3,7 @@ decodes nothing."""
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,10 +61,9 @@ class HubRows(Rows):
         self._image = image_column(self.name, column, rows.column_names)
         self.columns = [column for column in rows.column_names if column != self._image]
         self.layout = f"{layout}, images in the column {self._image}"
-        paths = (
-            not isinstance(rows.features[self._image], Image)
-            and getattr(rows.features[self._image], "dtype", "") == "string"
-        )
+        paths = not isinstance(rows.features[self._image], Image) and getattr(
+            rows.features[self._image], "dtype", ""
+        ) in ("string", "large_string")
         if isinstance(rows.features[self._image], Image):
             # Undecoded, so that a corrupted image is reported here.
             rows = rows.cast_column(self._image, Image(decode=False))
@@ -105,15 +105,17 @@ def hub_rows(config: DataConfig) -> Rows:
     Raises:
         FileNotFoundError: it cannot be loaded.
     """
-    loaded = splits_of(load(config.source))
+    loaded, left_out = splits_of(load(config.source), config)
     files = NamedFiles([Path(config.source).expanduser()])
-    of_split = None if config.split_column == "none" else roles(set(loaded))
+    of_split = roles(set(loaded)) if config.split_column == "auto" else None
 
     def rows(split: SplitName) -> HubRows:
         return HubRows(config.source, loaded[split], config.image_column, files)
 
     if of_split is None:
-        return rows("train" if "train" in loaded else next(iter(loaded)))
+        found = rows(next(iter(loaded)))
+        found.note = left_out
+        return found
     parts = [
         Part(rows(split), split, "" if role == "train" else f"{split}/")
         for split, role in of_split.items()
@@ -211,7 +213,8 @@ def load_files(source: str, files: Sequence[str | Path], *, streaming: bool = Fa
             check_inflated(Path(file))
     kind = "arrow" if Path(files[0]).suffix.lower() == ".arrow" else "parquet"
     try:
-        own = {"train": [str(file) for file in files]}
+        # The library takes names for patterns.
+        own = {"train": [str(f) if is_remote(str(f)) else glob.escape(str(f)) for f in files]}
         with _library_online(any(is_remote(str(file)) for file in files)):
             return datasets.load_dataset(kind, data_files=own, streaming=streaming)["train"]
     except Exception as error:  # as in `load`
@@ -236,12 +239,36 @@ def _library_online(online: bool) -> Iterator[None]:
         config.HF_HUB_OFFLINE = before
 
 
-def splits_of(loaded: Mapping[str, Any]) -> dict[SplitName, Any]:
-    """The first data set of each split that a name of `datasets` stands for."""
+def splits_of(loaded: Mapping[str, Any], config: DataConfig) -> tuple[dict[SplitName, Any], str]:
+    """The data sets of each split that a name of `datasets` stands for, joined, and a line on those
+    that are not read. Only the training split is, where the data sets do not say what is held out;
+    all as one, where a column says it."""
+    from datasets import concatenate_datasets
+
+    names: dict[SplitName, list[str]] = {}
+    for name in loaded:
+        split = split_of_folder(name) if config.split_column in ("auto", "none") else ""
+        names.setdefault(split, []).append(name)
+    left_out = ""
+    if config.split_column == "none" or roles(set(names)) is None:
+        first: SplitName = "train" if "train" in names else next(iter(names))
+        others = [name for split, own in names.items() if split != first for name in own]
+        names = {first: names[first]}
+        if others:
+            left_out = (
+                f"of the data set, {', '.join(names[first])} is read, and not {', '.join(others)}"
+            )
     found: dict[SplitName, Any] = {}
-    for name, rows in loaded.items():
-        found.setdefault(split_of_folder(name), rows)
-    return found
+    for split, own in names.items():
+        try:
+            parts = [loaded[name] for name in own]
+            found[split] = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+        except ValueError as error:
+            raise ValueError(
+                f"data.source {config.source!r}: its data sets {', '.join(own)} cannot be joined "
+                f"({reason_of(error)}); give them the same columns"
+            ) from error
+    return found, left_out
 
 
 def is_saved_dataset(path: Path) -> bool:

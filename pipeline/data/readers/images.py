@@ -171,8 +171,9 @@ def decoded(
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of an image when upright; it may be undecoded."""
-    # Where a PNG's EXIF comes after its pixels, these would have to be decoded first.
-    known = image.format != "PNG" or "exif" in image.info
+    # Where a PNG's EXIF comes after its pixels, these would have to be decoded first. The size of a
+    # TIFF is upright before it is decoded.
+    known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
     return image.size[::-1] if known and _orientation(image) in _SIDEWAYS else image.size
 
 

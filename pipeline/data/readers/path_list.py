@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pipeline.config.data import DataConfig
@@ -46,21 +47,25 @@ def path_list_rows(file: Path, config: DataConfig, *, require_captions: bool = T
     """
     tally = SkipCounter()
     names = ImageNames(file, file.parent, tally, missing=_NOT_THERE)
-    found: dict[str, None] = {}
+    as_listed: dict[str, str] = {}  # by the absolute path
     lines = _lines(file)
     for number, line in enumerate(lines, start=1):
         image = names.find(line, number)
-        if image in found:
+        if image is None:
+            continue
+        path = os.path.abspath(file.parent / image)
+        if path in as_listed:
             tally.add(_TWICE, image)
-        elif image is not None:
-            found[image] = None
+        else:
+            as_listed[path] = image
+    found = list(as_listed.values())
     if not found:
         first = f"; the first: {printable(lines[0])}" if lines else ""
         raise ValueError(
             f"{file} has {len(lines)} lines and none leads to an image{first}; write one path per "
             f"line, absolute or relative to {file.parent}"
         )
-    named, facts = rows_of_paths(file.parent, list(found), tally, config, file.parent)
+    named, facts = rows_of_paths(file.parent, found, tally, config, file.parent)
     if not named and require_captions:
         raise NoCaptions(
             f"{file} lists {len(found)} images and no caption; put NAME.txt next to NAME.png, or "

@@ -38,7 +38,7 @@ def split_folder_rows(
     Raises:
         ValueError: as `folder_rows`, of a split's folder.
     """
-    if config.split_column == "none":
+    if config.split_column != "auto":
         return None
     found = list(_split_folders(folder, _DEPTH))
     if roles({split for _, split in found}) is not None and not _has_list(folder):

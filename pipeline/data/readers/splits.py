@@ -370,7 +370,7 @@ def files_by_split(files: Sequence[str], config: DataConfig) -> dict[SplitName, 
     paths = [PurePosixPath(file) for file in files]
     root = os.path.commonpath([path.parent for path in paths])
     for file, path in zip(files, paths, strict=True):
-        named = config.split_column != "none"
+        named = config.split_column == "auto"
         split = split_of_file(path.relative_to(root).as_posix()) if named else ""
         groups.setdefault(split, []).append(file)
     return {split: groups[split] for split in _ORDER if split in groups}

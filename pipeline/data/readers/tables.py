@@ -115,8 +115,19 @@ def _table_of_csv(path: Path, text: str, delimiter: str | None) -> Table:
                 f"{path} row {number} has more fields than its columns {listed(header)}; texts "
                 f"with {MARKS.get(delimiter, repr(delimiter))}s belong in double quotes"
             )
-        records.append(dict(zip_longest(header, row)))
+        records.append(_record(header, row))
     return Table(records, list(dict.fromkeys(header)), called)
+
+
+def _record(header: list[str], row: list[str]) -> Record:
+    """The cells of a row by their columns; those of a column that occurs twice are a list."""
+    cells: dict[str, list[str | None]] = {}
+    for column, cell in zip_longest(header, row):
+        cells.setdefault(column, []).append(cell)
+    return {
+        column: own[0] if len(own) == 1 else [cell for cell in own if cell and cell.strip()]
+        for column, own in cells.items()
+    }
 
 
 def _cells(path: Path, text: str, delimiter: str) -> list[list[str]]:
@@ -181,7 +192,8 @@ def _table_of_list(path: Path, text: str, delimiter: str | None) -> Table:
         if len(header) != 2:
             return _table_of_csv(path, text, delimiter)
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    plain = text.replace("\r\n", "\n").replace("\r", "\n")
+    for number, line in enumerate(plain.split("\n"), start=1):
         if not line.strip() or (found is None and line.rstrip("\r") == first):
             continue
         name, mark, caption = line.partition(delimiter)

@@ -417,8 +417,8 @@ def _open_named(config: DataConfig, path: Path) -> OpenedStreams:
     """A data set that was saved, or one of the Hub."""
     import datasets
 
-    loaded = splits_of(load(config.source, streaming=True))
-    of_split = None if config.split_column == "none" else roles(set(loaded))
+    loaded, left_out = splits_of(load(config.source, streaming=True), config)
+    of_split = roles(set(loaded)) if config.split_column == "auto" else None
     files = NamedFiles([path])
 
     def opened(split: SplitName) -> SampleStream:
@@ -431,8 +431,7 @@ def _open_named(config: DataConfig, path: Path) -> OpenedStreams:
         return [split for split, own in (of_split or {}).items() if own == role]
 
     if of_split is None:
-        first: SplitName = "train" if "train" in loaded else next(iter(loaded))
-        train, held_out, note = opened(first), None, ""
+        train, held_out, note = opened(next(iter(loaded))), None, left_out
     else:
         train, held_out = opened(of("train")[0]), opened(of("held_out")[0])
         note = _note(of_split, "the data set")

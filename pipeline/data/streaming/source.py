@@ -28,6 +28,7 @@ from pipeline.data.readers.base import (
     existing_column,
     is_held_out,
     reason_of,
+    split_hash,
 )
 from pipeline.data.readers.captions import UNCAPTIONED, CaptionReader, caption_reader
 from pipeline.data.readers.deep import depth_of
@@ -99,6 +100,8 @@ class StreamSource(Source):
         self._lock = Lock()
         self._left_out: set[tuple[str, str]] = set()
         self._held_digests: set[int] = set()
+        self._single_held_out: str | None = None
+        """The only held-out sample of a stream of few."""
         self._of_no_split: Counter[str] = Counter()
         opened = open_streams(config, self.tally)
         self._train = opened.train
@@ -190,7 +193,7 @@ class StreamSource(Source):
         if self._held_out is not None or self.config.held_out_source is not None:
             return "train"
         held_out = is_held_out(sample.name, self.config.val_fraction)
-        return "held_out" if held_out else "train"
+        return "held_out" if held_out or sample.name == self._single_held_out else "train"
 
     def decode(self, sample: Sample) -> np.ndarray | None:
         """A sample's image, prepared (see `crop`). None where it cannot be decoded; those are
@@ -237,15 +240,26 @@ class StreamSource(Source):
 
     def leave_out_copies(self, digests: Iterable[int]) -> None:
         """Leaves images with these digests (`file_digest`) out of `samples` from now on."""
-        self._held_digests = set(digests)
+        self._held_digests |= set(digests)
 
     def _first_held_out(self) -> list[Sample]:
         if self._held_out is not None:
             return list(itertools.islice(self._everything(self._held_out), HELD_OUT))
         if self._column is None:
             found = (s for s in self._everything(self._train) if self._role(s) == "held_out")
-            return list(itertools.islice(found, HELD_OUT))
+            return list(itertools.islice(found, HELD_OUT)) or self._hold_out_one()
         return self._held_out_by_column(self._column)
+
+    def _hold_out_one(self) -> list[Sample]:
+        """Of few samples the hash may choose none; then the one with the lowest is held out."""
+        if not self.config.val_fraction or self.config.held_out_source is not None:
+            return []
+        every = list(self._everything(self._train))
+        if len(every) < 2:
+            return []
+        chosen = min(every, key=lambda sample: split_hash(sample.name))
+        self._single_held_out = chosen.name
+        return [chosen]
 
     def _held_out_by_column(self, column: str) -> list[Sample]:
         """The first images of the validation split, or else of the test split.

@@ -65,7 +65,7 @@ def shading_pipe(shade):
 def test_retrieval_counts_images_nearest_to_their_own(monkeypatch, off, expected):
     monkeypatch.setattr(emoji, "EmojiSource", lambda config, split: Tones())
     pipe = shading_pipe(lambda number: number * 25 + off)
-    metrics = emoji_metrics(pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
+    metrics = emoji_metrics(pipe, SimpleNamespace(data=None), 500)  # type: ignore[arg-type]
     assert list(metrics) == [
         "retrieval_among_siblings_held_out",
         "retrieval_among_siblings_chance",
@@ -91,7 +91,7 @@ def test_retrieval_counts_images_nearest_to_their_own(monkeypatch, off, expected
 def test_the_wrong_gender_in_the_right_tone_is_no_hit_among_siblings(monkeypatch):
     monkeypatch.setattr(emoji, "EmojiSource", lambda config, split: Tones())
     pipe = shading_pipe(lambda number: (number + 5) % 10 * 25)
-    metrics = emoji_metrics(pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
+    metrics = emoji_metrics(pipe, SimpleNamespace(data=None), 500)  # type: ignore[arg-type]
     assert metrics["retrieval_among_siblings_held_out"] == Accuracy(0, 10)
 
 
@@ -101,7 +101,7 @@ def test_names_without_siblings_do_not_count(monkeypatch):
         Tones, "siblings", lambda self, row: (self.images([row, 0] if row in (3, 4) else [row]), 0)
     )
     pipe = shading_pipe(lambda number: 0 if number == 3 else number * 25)
-    metrics = emoji_metrics(pipe, SimpleNamespace(data=None))  # type: ignore[arg-type]
+    metrics = emoji_metrics(pipe, SimpleNamespace(data=None), 500)  # type: ignore[arg-type]
     assert metrics["retrieval_among_siblings_held_out"] == Accuracy(1, 2)
     assert metrics["siblings_per_name"] == 2
 
@@ -125,7 +125,7 @@ def test_another_tone_is_right_among_100_and_never_among_siblings():
         return SimpleNamespace(images=[others.get(prompt, white) for prompt in prompts])
 
     pipe.prior = SimpleNamespace(config=SimpleNamespace(trained_image_first=False))  # type: ignore[attr-defined]
-    metrics = emoji_metrics(pipe, experiment)  # type: ignore[arg-type]
+    metrics = emoji_metrics(pipe, experiment, 500)  # type: ignore[arg-type]
     assert metrics["retrieval_among_siblings_held_out"] == Accuracy(0, len(source))
     assert metrics["skin_tone_accuracy_val"] == Accuracy(0, len(source))
     assert metrics["retrieval_at_1_of_100_held_out"].value > 0.6  # type: ignore[union-attr]
@@ -175,7 +175,7 @@ def test_captioning_has_metrics_of_its_own(monkeypatch):
             own = str(np.asarray(image)[0, 0, 0] // 25)
             return [(own if int(own) < 5 else "0", -1.0)]
 
-    found = emoji_metrics(Pipe(), SimpleNamespace(data=None))  # type: ignore[arg-type]
+    found = emoji_metrics(Pipe(), SimpleNamespace(data=None), 500)  # type: ignore[arg-type]
     for split in ("seen", "held_out"):
         assert found[f"retrieval_at_1_of_100_{split}"] == Accuracy(10, 10)
         assert found[f"caption_of_100_{split}"] == Accuracy(5, 10)
