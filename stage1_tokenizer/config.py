@@ -166,7 +166,7 @@ class TokenizerConfig:
                 f"tokenizer.model.image_size {self._given_size} is not a multiple of {needed}; the "
                 f"nearest size that fits is {nearest[0] if height == width else nearest}"
             )
-        # Below the step of 8-bit images a density of fixed scale gives fewer than 0 bits per
+        # Well below the step of 8-bit images a density of fixed scale gives fewer than 0 bits per
         # dimension.
         least = STEP if self.likelihood in ("l2", "l1") else 0.0
         hint = f"{least:.4f}, the step of 8-bit images (or choose likelihood calibrated_l2)"

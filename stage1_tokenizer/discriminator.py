@@ -3,9 +3,10 @@ pixels and logits, no tokenizer.
 
 Legend: B batch, C channels, H W pixels, h w patches.
 
-PatchGAN: Isola et al. 2017 (https://arxiv.org/abs/1611.07004). Hinge loss and adaptive weight:
-Esser et al. 2020 (https://arxiv.org/abs/2012.09841), section 3.1, eq. 7. LeCam regularisation:
-Tseng et al. 2021 (https://arxiv.org/abs/2104.03310), eq. 3.
+PatchGAN: Isola et al. 2017 (https://arxiv.org/abs/1611.07004). Hinge loss: Lim & Ye 2017
+(https://arxiv.org/abs/1705.02894), as in VQ-GAN's code. Adaptive weight: Esser et al. 2020
+(https://arxiv.org/abs/2012.09841), eq. 7. LeCam regularisation: Tseng et al. 2021
+(https://arxiv.org/abs/2104.03310), eq. 3.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ class Discriminator(nn.Module):
                 ]
             )
         )
-        self.anchors.lerp_(sums[:2] / sums[2], 1 - _ANCHOR_DECAY)
+        means = sums[:2] / sums[2]
+        # The first step's are the means so far; from 0, they would be too small for long.
+        first = (self.anchors == 0).all()
+        self.anchors.copy_(torch.where(first, means, self.anchors.lerp(means, 1 - _ANCHOR_DECAY)))
 
 
 def hinge_loss(true: Tensor, drawn: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.atomic_io import (
     atomic_write_png,
     atomic_write_text,
+    check_folder,
     short_stem,
     write_errors,
     writing_images,
@@ -64,7 +65,7 @@ def generate(
         ValueError, FileNotFoundError: what `TextToImagePipeline` raises; nothing is written then.
     """
     state = distributed_state()
-    _check_folder(out)
+    check_folder(out, "images")
     pipe = TextToImagePipeline.from_pretrained(bundle).to(state.device)
     if not options.get("truncate") and pipe.reads_prompts:
         _check_lengths(pipe, prompts, given_in or [""] * len(prompts))
@@ -128,7 +129,7 @@ def edit(
     """
     from pipeline.data.readers.images import open_image
 
-    _check_folder(out)
+    check_folder(out, "images")
     files = [_file_name(number, prompt) for number in range(num_images)]
     inputs = [image] if mask is None else [image, mask]
     _refuse_overwriting(out, [*files, *sheet_names(num_images)], inputs)
@@ -220,14 +221,6 @@ def _file_name(number: int, prompt: str) -> str:
     return f"{number:05d}{slug}.png"
 
 
-def _check_folder(out: Path) -> None:
-    """Raises ValueError where images cannot go into `out`, before they are sampled."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(
-            f"{out} is a file, and images go into a folder; choose another by the option out"
-        )
-
-
 def _refuse_overwriting(out: Path, names: Iterable[str], inputs: Iterable[Path]) -> None:
     """Raises ValueError where a file in `out` would take the place of one that is read."""
     written = {(out / name).resolve() for name in names}
@@ -267,7 +260,7 @@ def reconstruct(
         to_uint8,
     )
 
-    _check_folder(out)
+    check_folder(out, "images")
     names = [f"{number:05d}-{short_stem(file)}.png" for number, file in enumerate(files)]
     _refuse_overwriting(out, [*names, "grid.png"], files)
     model = ImageTokenizer.from_pretrained(existing_tokenizer(tokenizer)).eval()

@@ -17,7 +17,7 @@ from pipeline.inference.likelihood import check_mode
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.likelihood.estimate import Bound, ImageLikelihood, Method
 from pipeline.likelihood.surprise import Surprise
-from pipeline.runtime.atomic_io import atomic_write_text, short_stem, writing_images
+from pipeline.runtime.atomic_io import atomic_write_text, check_folder, short_stem, writing_images
 from pipeline.runtime.heat_map import beside_heat_maps
 from stage1_tokenizer.pixels import image_array
 
@@ -64,8 +64,8 @@ def likelihood_report(
     """
     if not files:
         raise ValueError("no image was given; give at least one file")
-    if out is not None and out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file; name a folder for the surprise maps")
+    if out is not None:
+        check_folder(out, "surprise maps")
     pipe = TextToImagePipeline.from_pretrained(bundle)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     own = pipe.tokenizer.own_config

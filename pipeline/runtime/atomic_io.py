@@ -260,6 +260,12 @@ class WrittenImages:
         self.done += 1
 
 
+def check_folder(out: Path, what: str) -> None:
+    """Raises NotADirectoryError where `what` cannot go into `out`, before it is computed."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; name a folder for the {what}")
+
+
 def short_stem(file: Path) -> str:
     """A file's name without its ending, cut so that other files' names can contain it: most systems
     allow 255 bytes."""

@@ -38,6 +38,8 @@ def make_accelerator(run_dir: Path, trackers: Sequence[str], timeout: int) -> Ac
         # are an error below.
         warnings.filterwarnings("ignore", message="`log_with=", category=UserWarning)
         accelerator = Accelerator(
+            # The experiment says it (`precision`), and not the launcher.
+            mixed_precision="no",
             log_with=list(trackers) or None,
             project_config=ProjectConfiguration(
                 project_dir=str(run_dir), logging_dir=str(run_dir / "logs")

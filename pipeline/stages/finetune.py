@@ -32,6 +32,7 @@ from pipeline.config.train import TrainConfig
 from pipeline.inference.bundle import file_fingerprint
 from pipeline.runtime.atomic_io import atomic_write_dir
 from pipeline.stages.manifest import StageRun, read_settings, require_complete
+from pipeline.training.fsdp import fsdp_requested
 from stage1_tokenizer import ImageTokenizer, TokenizerConfig
 from stage2_prior import ImagePrior, PriorConfig, StreamConfig, TextConfig, TextTokenizer
 
@@ -53,6 +54,12 @@ def new_tokenizer(section: TokenizerSection) -> ImageTokenizer:
                 name.replace("quantizer.", "quantizer.books.0.", 1): weight
                 for name, weight in weights.items()
             }
+            if origin.own_config.vq.normalize:
+                # Residual books do not place their vectors on the sphere when they are read.
+                table = origin.quantizer.vectors().detach()
+                if "quantizer.books.0.map" in renamed:
+                    table = table @ torch.linalg.pinv(renamed["quantizer.books.0.map"].float())
+                renamed["quantizer.books.0.codebook"] = table
             weights = tokenizer.state_dict() | renamed
         tokenizer.load_state_dict(weights)
     return tokenizer
@@ -182,6 +189,11 @@ class LoRAAdapter:
             self._model = get_peft_model(prior, config)  # changes the prior in place
         rows = prior.text_embedding.weight
         if old_entries is not None and old_entries < len(rows):
+            if fsdp_requested():
+                raise ValueError(
+                    "text.num_new_tokens with prior.lora_rank cannot be sharded: FSDP would train "
+                    "the old embeddings, too; start without FSDP, or set text.num_new_tokens=0"
+                )
             rows.requires_grad_(True)
             is_new = torch.arange(len(rows)) >= old_entries
             rows.register_hook(lambda gradient: gradient * is_new[:, None].to(gradient))

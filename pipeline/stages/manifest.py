@@ -102,7 +102,12 @@ class StageRun:
     accelerator: Accelerator = field(init=False)
 
     def __post_init__(self) -> None:
-        written = (read_settings(self.folder) or {}).get("settings", {}).get("train", {})
+        settings = (read_settings(self.folder) or {}).get("settings", {})
+        written = settings.get("train", {})
+        if not was_begun(self.folder):
+            # An attempt that made nothing may have had another model.
+            same = all(same_inputs(settings.get(key), own) for key, own in self.inputs.items())
+            written = written if same else {}
         chosen = {
             name: written[name]
             for name in ("batch_size", "gradient_accumulation_steps")
@@ -170,7 +175,7 @@ class StageRun:
         prior = ImagePrior if has_codes else LatentPriorModel
         section = self.experiment.prior
         # These have no checkpoints, and are built again.
-        is_built = not has_codes and (section.joint or section.latent.kind in _NOT_TRAINED)
+        is_built = not trains_prior(self.experiment)
         try:
             (prior if self.stage == "prior" else ImageTokenizer).from_pretrained(self.folder)
             has_latent_prior = self.stage == "tokenizer" and section.joint
@@ -387,6 +392,21 @@ def encode_settings(experiment: Experiment) -> dict[str, Any]:
         for key, value in to_dict(experiment.encode).items()
         if key not in _CHANGES_NO_CODE
     }
+
+
+def was_begun(folder: Path) -> bool:
+    """Whether a stage's folder has weights: of a checkpoint, or of its end."""
+    if newest_checkpoint(folder / "checkpoints") is not None:
+        return True
+    return "held_out" in (read_settings(folder) or {})
+
+
+def trains_prior(experiment: Experiment) -> bool:
+    """Whether a run has a stage in which the prior learns: one of latents may have nothing to
+    train, or be trained with the tokenizer."""
+    section = experiment.prior
+    is_built = section.joint or section.latent.kind in _NOT_TRAINED
+    return experiment.tokenizer.model.has_codes or not is_built
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipeline.config.experiment import Experiment
 from pipeline.data.codes.dataset import MANIFEST
@@ -21,7 +22,7 @@ from pipeline.stages.finetune import (
     tokenizer_identity,
 )
 from pipeline.stages.latent_prior import CAPTIONS, check_components, latent_sources, refuse_streams
-from pipeline.stages.manifest import read_settings
+from pipeline.stages.manifest import read_settings, trains_prior, was_begun
 from pipeline.stages.prior import check_inference_steps
 from pipeline.stages.sources import sources_of
 from pipeline.training.auto_batch import has_auto_batch
@@ -67,27 +68,39 @@ def _check_batches(experiment: Experiment) -> None:
     processes = distributed_state(experiment.process_timeout).num_processes
     trained = {
         "tokenizer": (experiment.tokenizer.train, not experiment.tokenizer.frozen),
-        "prior": (experiment.prior.train, not experiment.prior.joint),
+        "prior": (experiment.prior.train, trains_prior(experiment)),
     }
     for label, (train, is_trained) in trained.items():
-        if is_trained and not has_auto_batch(train):
+        if not is_trained:
+            continue
+        if not has_auto_batch(train):
             train.check_processes(label, processes)
+        elif train.batch_size != "auto":  # the micro-batches alone are to be found
+            replace(train, gradient_accumulation_steps=1).check_processes(label, processes)
 
 
 def _check_longer_tokenizer(experiment: Experiment) -> None:
-    """Raises ValueError where the tokenizer would be trained further and the codes, which are those
-    of the tokenizer as it is, would be refused afterwards."""
+    """Raises ValueError where the tokenizer would be trained further and the codes, or the prior of
+    its latents, which are those of the tokenizer as it is, would be refused afterwards."""
     folder = experiment.folder
     written = read_settings(folder / "tokenizer")
     if written is None or "held_out" not in written or experiment.tokenizer.frozen:
         return
     before = written["settings"]["train"]["steps"]
     steps = experiment.tokenizer.train.steps
-    if steps > before and (folder / "codes" / MANIFEST).is_file():
+    if steps <= before:
+        return
+    if (folder / "codes" / MANIFEST).is_file():
         raise ValueError(
             f"tokenizer.train.steps is {steps}, and {folder / 'codes'} holds the codes of the "
             f"tokenizer after {before} steps; choose another name for this run, or move "
             f"{folder / 'codes'} and {folder / 'prior'} away"
+        )
+    if not experiment.tokenizer.model.has_codes and was_begun(folder / "prior"):
+        raise ValueError(
+            f"tokenizer.train.steps is {steps}, and {folder / 'prior'} is of the latents of the "
+            f"tokenizer after {before} steps; choose another name for this run, or move "
+            f"{folder / 'prior'} away"
         )
 
 

@@ -306,6 +306,11 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tens
             # Fused AdamW walks raw memory: moments must have the strides of their (channels-last)
             # parameter.
             value = torch.empty_like(parameter).copy_(value)
+        elif value.ndim:  # AdamW would read past its end
+            raise ValueError(
+                f"the checkpoint has the moment {key} of shape {tuple(value.shape)} for a "
+                f"parameter of {tuple(parameter.shape)}; resume sharded or not, as it was written"
+            )
         states.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 

@@ -63,7 +63,8 @@ class ScoreFunctionQuantizer(Categorical):
         (B,h,w) of the codes that had them.
 
         Its value is zero: it adds a gradient to the objective, not a cost. In training it moves the
-        baseline, after using it.
+        baseline, after using it. The first baseline is the mean of its own batch, so that the
+        gradient of that step alone is too small, by 1 - 1/B.
         """
         credited, places = self._credited(cost.detach(), log_q.shape[1], log_q.shape[2])
         total = sum_over_processes(torch.stack([credited.sum(), len(credited) * places.sum()]))

@@ -19,7 +19,7 @@ from stage1_tokenizer.quantizers.base import Quantized, SingleLevel, mean_over_p
 from stage1_tokenizer.quantizers.bits import pack, unpack
 from stage1_tokenizer.quantizers.gradients import straight_through
 
-_LEAST = 1e-5
+_LEAST = 1e-12
 """Probabilities are not taken below this in logarithms."""
 
 

@@ -148,7 +148,10 @@ def test_lecam_anchors_move_and_are_saved(images):
     both = objective(start=0, lecam=0.1)
     assert not both.discriminator.anchors.any()
     _, loss = both.losses(images, 0)
-    expected = 0.01 * torch.stack([loss.metrics["logits_real"], loss.metrics["logits_fake"]])
+    first = torch.stack([loss.metrics["logits_real"], loss.metrics["logits_fake"]])
+    torch.testing.assert_close(both.discriminator.anchors, first)
+    both.discriminator.update_ema_anchors(torch.ones(3), -torch.ones(3))
+    expected = 0.99 * first + 0.01 * torch.tensor([1.0, -1.0])
     torch.testing.assert_close(both.discriminator.anchors, expected)
     assert "anchors" in both.discriminator.state_dict()
 

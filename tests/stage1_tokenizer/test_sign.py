@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from stage1_tokenizer import SignOptions
-from stage1_tokenizer.quantizers import SignQuantizer
+from stage1_tokenizer.quantizers import SignQuantizer, sign
 
 BOTH = pytest.mark.parametrize("spherical", [False, True], ids=["lfq", "bsq"])
 
@@ -98,3 +100,10 @@ def test_entropy_penalty_spreads_codes_and_sharpens_them():
         optimizer.step()
         optimizer.zero_grad()
     assert quantize(x).codes.unique().numel() == 16 and float(x.detach().abs().median()) > 0.3
+
+
+def test_the_entropy_of_many_codes_is_exact():
+    p = torch.full((1, 2**18), 2.0**-18)
+    assert float(sign.entropy(p)) == pytest.approx(18 * math.log(2), rel=1e-5)
+    p[:, :1000] = 0
+    assert float(sign.entropy(p / p.sum())) == pytest.approx(math.log(2**18 - 1000), rel=1e-5)

@@ -100,7 +100,7 @@ class StreamSource(Source):
         self._lock = Lock()
         self._left_out: set[tuple[str, str]] = set()
         self._held_digests: set[int] = set()
-        self._single_held_out: str | None = None
+        self.single_held_out: str | None = None
         """The only held-out sample of a stream of few."""
         self._of_no_split: Counter[str] = Counter()
         opened = open_streams(config, self.tally)
@@ -193,7 +193,7 @@ class StreamSource(Source):
         if self._held_out is not None or self.config.held_out_source is not None:
             return "train"
         held_out = is_held_out(sample.name, self.config.val_fraction)
-        return "held_out" if held_out or sample.name == self._single_held_out else "train"
+        return "held_out" if held_out or sample.name == self.single_held_out else "train"
 
     def decode(self, sample: Sample) -> np.ndarray | None:
         """A sample's image, prepared (see `crop`). None where it cannot be decoded; those are
@@ -258,7 +258,7 @@ class StreamSource(Source):
         if len(every) < 2:
             return []
         chosen = min(every, key=lambda sample: split_hash(sample.name))
-        self._single_held_out = chosen.name
+        self.single_held_out = chosen.name
         return [chosen]
 
     def _held_out_by_column(self, column: str) -> list[Sample]:
@@ -416,7 +416,7 @@ class HeldRows(Rows):
         self.tally = stream.tally
         self.columns = ["text"]
         self._samples = samples
-        if stream.is_split:
+        if stream.is_split or stream.single_held_out is not None:
             self.held_out = np.ones(len(self._samples), bool)
         self.stamp = content_fingerprint(
             [stream.fingerprint, *(sample.name for sample in self._samples)]

@@ -22,8 +22,11 @@ from pipeline.config.experiment import (
     with_defaults,
     with_section_defaults,
 )
+from pipeline.config.inheritance import stage_folder
 from pipeline.config.load import from_dict, load_experiment
 from pipeline.config.option_names import spelled
+from pipeline.stages.finetune import parent_bundle
+from tests.helpers.pipelines import tiny_pipeline
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = sorted(
@@ -419,3 +422,22 @@ def test_a_saved_section_that_is_not_there_stays_away():
     filled = with_section_defaults({"tokenizer": {"model": {"width": 48}}})
     assert list(filled) == ["tokenizer"] and filled["tokenizer"]["model"]["width"] == 48
     assert filled["tokenizer"]["model"]["num_codes"] == 1024
+
+
+def test_a_home_folder_is_found_in_paths_of_a_configuration(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (
+        Experiment(output_dir="~/runs", name="a", data=DataConfig(source="folder")).folder
+        == tmp_path / "runs" / "a"
+    )
+    tiny_pipeline(channels=4).save_pretrained(tmp_path / "bundle")
+    assert stage_folder("~/bundle", "tokenizer") == tmp_path / "bundle" / "tokenizer"
+    experiment = load_experiment(["--tokenizer.init_from=~/bundle", "--data.source=folder"])
+    assert experiment.tokenizer.model.channels == 4
+    assert parent_bundle(experiment) == tmp_path / "bundle"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a"])
+def test_a_name_that_is_no_folder_of_its_own_is_refused(name):
+    with pytest.raises(ValueError, match="it must be a plain folder name"):
+        Experiment(name=name, data=DataConfig(source="folder"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from pipeline.config.load import from_dict, load_experiment
 from pipeline.data.load import load_source
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.evaluation.accuracy import Accuracy
+from pipeline.evaluation.codebook_report import codebook_page
 from pipeline.evaluation.elbo_surgery import surgery_metrics
 from pipeline.evaluation.evaluate import Report, evaluate
 from pipeline.evaluation.forgetting import OLD, Forgetting
@@ -141,3 +143,60 @@ def test_evaluating_again_writes_the_same_bytes(finished_run, tmp_path):
         assert main([*command, "--max-images", "10", "--out", str(tmp_path / f"{name}.json")]) == 0
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert json.loads((tmp_path / "a.times.json").read_text())["seconds"] > 0
+
+
+def test_a_path_to_the_runs_own_bundle_updates_its_card(tiny_yaml, tmp_path, monkeypatch):
+    experiment = load_experiment(["--config", str(tiny_yaml)])
+    bundle = experiment.folder / "bundle"
+    bundle.mkdir(parents=True)
+    monkeypatch.chdir(experiment.folder)
+    for given in (bundle, str(bundle), "bundle", "../tiny/bundle"):
+        assert evaluation.is_own(experiment, given), given
+    for given in ("../bundle", "user/name", tmp_path):
+        assert not evaluation.is_own(experiment, given), given
+
+
+def test_what_would_stop_an_evaluation_at_its_end_is_refused_before(
+    tiny_yaml, tmp_path, monkeypatch, capsys
+):
+    experiment = load_experiment(["--config", str(tiny_yaml)])
+    bundle = tmp_path / "other"
+    tiny_pipeline(image_size=experiment.data.size[0]).save_pretrained(bundle)
+
+    def measured(*given: object) -> None:
+        raise AssertionError("it must be refused before anything is measured")
+
+    monkeypatch.setattr(evaluation, "held_out_source", measured)
+    with pytest.raises(ValueError, match=r"is a folder; give a file for the metrics"):
+        evaluate(bundle, experiment, tmp_path)
+    with pytest.raises(FileNotFoundError, match="typo"):
+        evaluate(bundle, experiment, before=tmp_path / "typo")
+    experiment.folder.mkdir(parents=True)
+    (experiment.folder / "evaluation.json").write_text("{}")
+    fails(
+        capsys,
+        ["evaluate", "--config", tiny_yaml, "--bundle", bundle],
+        "has the metrics of the run's own bundle; add --out FILE",
+        status=2,
+    )
+    assert (experiment.folder / "evaluation.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(("channels", "alpha"), [(3, "white"), (4, "keep")])
+def test_images_of_other_channels_are_refused_with_the_setting(
+    tiny_yaml, tmp_path, channels, alpha
+):
+    bundle = tmp_path / "other"
+    size = load_experiment(["--config", str(tiny_yaml)]).data.size[0]
+    tiny_pipeline(image_size=size, channels=channels).save_pretrained(bundle)
+    settings = ["--data.alpha", "keep", "--tokenizer.model.channels", "4"] if channels == 3 else []
+    experiment = load_experiment(["--config", str(tiny_yaml), *settings])
+    with pytest.raises(
+        ValueError, match=rf"has images of {channels} channels.*data\.alpha={alpha}"
+    ):
+        evaluate(bundle, experiment)
+    images = np.zeros((2, size, size, 7 - channels), np.uint8)
+    with pytest.raises(
+        ValueError, match=rf"has images of {channels} channels.*data\.alpha={alpha}"
+    ):
+        codebook_page(bundle / "tokenizer", images, tmp_path / "page")

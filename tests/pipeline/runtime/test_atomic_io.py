@@ -18,12 +18,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.inference.generate import _Drawn, _write
+from pipeline.runtime import atomic_io
 from pipeline.runtime.atomic_io import (
     WriteError,
     atomic_write,
     atomic_write_dir,
     atomic_write_files,
     atomic_write_text,
+    clean_partial_writes,
     write_errors,
 )
 
@@ -270,3 +272,24 @@ def test_a_folder_written_in_between_is_replaced(tmp_path, monkeypatch):
     assert [path.name for path in target.iterdir()] == ["a"]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert (target / "a").read_text() == "new"
+
+
+def test_a_folder_that_is_a_link_is_replaced_where_it_leads(tmp_path):
+    (tmp_path / "disk" / "bundle").mkdir(parents=True)
+    (tmp_path / "disk" / "bundle" / "old.txt").write_text("old")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "bundle").symlink_to(tmp_path / "disk" / "bundle")
+    atomic_write_dir(run / "bundle", lambda beside: (beside / "new.txt").write_text("new"))
+    assert (run / "bundle").is_symlink()
+    assert [path.name for path in (tmp_path / "disk" / "bundle").iterdir()] == ["new.txt"]
+    assert [path.name for path in run.iterdir()] == ["bundle"]
+
+
+def test_a_link_that_was_moved_aside_is_removed_and_not_what_it_leads_to(tmp_path):
+    (tmp_path / "kept").mkdir()
+    old = tmp_path / f".bundle.{atomic_io._HOST}-1.old"
+    old.symlink_to(tmp_path / "kept")
+    (tmp_path / "bundle").mkdir()
+    clean_partial_writes(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "kept"]

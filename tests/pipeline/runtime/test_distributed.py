@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,24 @@ def test_making_an_accelerator_changes_no_warning_filter(tmp_path):
     before = list(warnings.filters)
     make_accelerator(tmp_path, [], 30)
     assert warnings.filters == before
+
+
+def test_the_launcher_does_not_choose_the_precision(tmp_path):
+    """`accelerate launch` sets a variable from its default configuration."""
+    code = (
+        "import sys; from pathlib import Path; "
+        "from pipeline.runtime.distributed import make_accelerator; "
+        "print(make_accelerator(Path(sys.argv[1]), [], 30).mixed_precision)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_MIXED_PRECISION": "bf16"},
+    )
+    assert done.stdout.strip() == "no"
 
 
 def test_trackers_write_to_the_runs_logs(tmp_path):

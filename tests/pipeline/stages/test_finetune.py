@@ -23,18 +23,20 @@ from pipeline import TextToImagePipeline, forgetting
 from pipeline.cli.main import main
 from pipeline.config.experiment import PriorSection, TokenizerSection
 from pipeline.config.load import load_experiment, load_values
+from pipeline.config.train import PriorTrainConfig
 from pipeline.data.codes.dataset import CodesDataset
 from pipeline.data.load import load_source
 from pipeline.evaluation.forgetting import NEW, OLD
 from pipeline.stages.finetune import LoRAAdapter, check_init_from, new_tokenizer
 from pipeline.stages.manifest import read_settings
 from pipeline.training import trainer
-from stage1_tokenizer import ImageTokenizer, to_model_range
+from stage1_tokenizer import ImageTokenizer, VectorOptions, to_model_range
 from stage2_prior import ImagePrior, PriorObjective, PriorObjectiveConfig, TextTokenizer
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
 from tests.helpers.launch import CHECK, launch
 from tests.helpers.pipelines import tiny_pipeline
+from tests.helpers.priors import tiny_prior
 from tests.helpers.tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -132,6 +134,31 @@ def test_a_residual_tokenizer_can_start_from_one_with_a_single_codebook(tmp_path
     section.frozen = True  # a copy has the codes of what it is copied from
     with pytest.raises(ValueError, match="quantizer is residual and vq there"):
         check_init_from(section, PriorSection(), 48)
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient", "linear"])
+def test_the_first_of_residual_codebooks_has_the_vectors_of_the_single_one(tmp_path, codebook):
+    """They lie on the sphere, which a residual codebook does not see to itself."""
+    options = VectorOptions(codebook=codebook, normalize=True)
+    origin = tiny_tokenizer(quantizer="vq", num_codes=16, vq=options).eval()
+    with torch.no_grad():
+        origin.quantizer.codebook.mul_(1.3)
+        if origin.quantizer.map is not None:
+            origin.quantizer.map.add_(0.1 * torch.randn(origin.quantizer.map.shape))
+    origin.save_pretrained(tmp_path)
+    model = replace(origin.own_config, quantizer="residual")
+    started = new_tokenizer(TokenizerSection(model=model, init_from=str(tmp_path)))
+    torch.testing.assert_close(started.quantizer.books[0].vectors(), origin.quantizer.vectors())
+
+
+def test_new_tokens_with_lora_are_refused_under_fsdp(monkeypatch):
+    prior = tiny_prior()
+    section = PriorSection(
+        init_from="bundle", lora_rank=2, train=PriorTrainConfig(optimizer="adamw")
+    )
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="cannot be sharded: FSDP would train"):
+        LoRAAdapter(prior, section, {"prior": "0"}, len(prior.text_embedding.weight) - 1)
 
 
 def test_weights_can_be_started_from_with_another_dropout(bundle, tmp_path):

@@ -209,3 +209,12 @@ def test_settings_of_another_type_are_restored_from_the_backup(experiment, caplo
     assert read_settings(run.folder)["settings"] == run.settings
     assert f"({place}" in caplog.text and "it is restored from settings.backup.json" in caplog.text
     assert run.is_complete()
+
+
+def test_numbers_of_an_attempt_that_made_nothing_hold_for_the_same_inputs_alone(experiment):
+    run = stage_run(experiment, batch_size=1024)
+    run.begin()
+    assert stage_run(experiment, batch_size="auto").train.batch_size == 1024
+    assert stage_run(experiment, seed=1, batch_size="auto").train.batch_size == "auto"
+    run.finalize(ImageTokenizer(experiment.tokenizer.model), {})
+    assert stage_run(experiment, seed=1, batch_size="auto").train.batch_size == 1024

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from pipeline import load_experiment
-from pipeline.stages import preflight, run
+from pipeline.stages import manifest, preflight, run
 from pipeline.stages.preflight import check_run
 from stage2_prior import TextTokenizer
 from tests.helpers.data import encoded, write_shard
@@ -117,6 +118,45 @@ def test_batches_that_do_not_split_are_refused_before_the_first_step(checked, mo
         match=r"^prior\.train\.batch_size 8 does not split evenly over 3 processes; choose",
     ):
         checked("--tokenizer.train.batch_size", 9)
+
+
+def test_a_batch_whose_micro_batches_are_auto_must_split_too(checked, monkeypatch):
+    three = SimpleNamespace(num_processes=3)
+    monkeypatch.setattr(preflight, "distributed_state", lambda timeout: three)
+    auto = ("--prior.train.gradient_accumulation_steps", "auto")
+    with pytest.raises(ValueError, match=r"^prior\.train\.batch_size 8 does not split evenly"):
+        checked("--tokenizer.train.batch_size", 9, *auto)
+    checked(
+        *("--tokenizer.train.batch_size", 9, "--prior.train.batch_size", 9, *auto),
+        *("--text.truncate", "true"),
+    )
+
+
+def test_a_prior_that_is_not_trained_needs_no_batch_that_splits(checked, monkeypatch):
+    three = SimpleNamespace(num_processes=3)
+    monkeypatch.setattr(preflight, "distributed_state", lambda timeout: three)
+    gaussian = ("--tokenizer.model.quantizer=gaussian", "--tokenizer.train.batch_size=9")
+    checked(*gaussian, "--prior.latent.kind=standard")
+    with pytest.raises(ValueError, match=r"^prior\.train\.batch_size 8 does not split evenly"):
+        checked(*gaussian, "--prior.latent.kind=realnvp")
+
+
+def test_a_longer_tokenizer_of_a_run_with_a_prior_of_latents_is_refused(tiny_yaml, tmp_path):
+    settings = ["--config", str(tiny_yaml), "--tokenizer.model.quantizer=gaussian"]
+    experiment = load_experiment(settings)
+    train = {"steps": experiment.tokenizer.train.steps}
+    written = {"format": manifest.FORMAT, "settings": {"train": train}}
+    for stage in ("tokenizer", "prior"):
+        (experiment.folder / stage).mkdir(parents=True)
+        content = json.dumps(written | {"held_out": {"nll": 1.0}})
+        (experiment.folder / stage / "settings.json").write_text(content)
+    longer = load_experiment([*settings, "--tokenizer.train.steps=99"])
+    with pytest.raises(
+        ValueError, match=r"prior is of the latents of the tokenizer after \d+ steps"
+    ):
+        check_run(longer)
+    (experiment.folder / "prior" / "settings.json").write_text(json.dumps(written))
+    check_run(longer)  # an attempt that made nothing
 
 
 def test_a_missing_package_is_named_before_the_first_step(checked, monkeypatch):
