@@ -432,7 +432,9 @@ def test_a_home_folder_is_found_in_paths_of_a_configuration(tmp_path, monkeypatc
     )
     tiny_pipeline(channels=4).save_pretrained(tmp_path / "bundle")
     assert stage_folder("~/bundle", "tokenizer") == tmp_path / "bundle" / "tokenizer"
-    experiment = load_experiment(["--tokenizer.init_from=~/bundle", "--data.source=folder"])
+    text = "name: a\ndata: {source: folder}\ntokenizer: {init_from: ~/bundle}\n"
+    (tmp_path / "own.yaml").write_text(text)
+    experiment = load_experiment(["--config", str(tmp_path / "own.yaml")])
     assert experiment.tokenizer.model.channels == 4
     assert parent_bundle(experiment) == tmp_path / "bundle"
 

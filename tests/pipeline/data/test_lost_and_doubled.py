@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from pipeline.config.data import DataConfig, MixPart
 from pipeline.data.codes.export import _Keys, _write_tar
@@ -99,14 +101,14 @@ def test_a_change_of_files_that_a_parquet_file_names_is_seen(tmp_path):
     paths = [str(images / f"{i}.png") for i in range(12)]
     frame = pandas.DataFrame({"image": paths, "text": [f"image {i}" for i in range(12)]})
     for kind in ("string", "large_string"):
-        pyarrow = pytest.importorskip("pyarrow")
         schema = pyarrow.schema([("image", getattr(pyarrow, kind)()), ("text", pyarrow.string())])
         path = tmp_path / f"{kind}.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pandas(frame, schema=schema), path)
-        before = load_sources(config(path))[0].fingerprint
+        parquet.write_table(pyarrow.Table.from_pandas(frame, schema=schema), path)
+        cache = tmp_path / f"scan of {kind}"
+        before = load_sources(config(path), cache)[0].fingerprint
         (images / "3.png").write_bytes(encoded((9, 9, 9)))
         os.utime(images / "3.png", (1, 1))
-        assert load_sources(config(path))[0].fingerprint != before
+        assert load_sources(config(path), cache)[0].fingerprint != before
         (images / "3.png").write_bytes(encoded(colour(3)))
 
 
@@ -192,8 +194,6 @@ def test_the_size_of_a_turned_image_is_that_of_its_pixels(tmp_path, form):
 
 def test_a_caption_with_line_breaks_stays_one(tmp_path):
     import tarfile
-
-    import pyarrow
 
     text = "line one\nline two\rline three"
     rows = {"name": ["a"], "codes": [[1, 2]], "text": [text], "more_texts": [[]]}
