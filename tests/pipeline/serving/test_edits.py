@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -129,3 +131,14 @@ def test_a_prior_in_raster_order_says_so(image):
         response = post(client, EDITS, image, left_half())
     assert response.status_code == 400
     assert "raster order" in response.json()["error"]["message"]
+
+
+def test_a_png_says_what_was_changed(client, pipe, image):
+    def settings(response):
+        return json.loads(image_of(response.json()["data"][0]).text["minidalle"])
+
+    varied = settings(post(client, VARIATIONS, image, strength="0.25"))
+    assert varied["strength"] == 0.25 and varied["seed"] == 3
+    small = image.resize((8, 8))
+    extended = settings(post(client, EDITS, small, outpaint_at="4,4"))
+    assert extended["outpaint_at"] == "4,4" and "strength" not in extended
