@@ -30,6 +30,7 @@ from pipeline.runtime.devices import (
 )
 from pipeline.runtime.log import on_main_process
 from pipeline.training.batch import Batch, tile_rows, to_device
+from pipeline.training.fsdp import can_shard
 from pipeline.training.memory_estimate import Probe, estimate_memory, fit_memory_model, state_bytes
 from pipeline.training.task import Task
 
@@ -106,10 +107,17 @@ def resolve_auto_batch(
 
     Raises:
         MemoryError: not even one image fits.
+        ValueError: the networks are to be sharded.
     """
     device = accelerator.device
     processes = accelerator.num_processes
     networks = task.objective.networks
+    if can_shard(networks, accelerator):
+        raise ValueError(
+            f"{label}.train.batch_size or gradient_accumulation_steps is auto, and FSDP shards the "
+            f"{label}, which is too large to be measured whole; give numbers (`minidalle estimate "
+            "--processes N` says what fits)"
+        )
     for network in networks.values():
         network.to(device).train()
     autocast = partial(

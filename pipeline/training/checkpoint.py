@@ -309,7 +309,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, moments: Mapping[str, Tens
         elif value.ndim:  # AdamW would read past its end
             raise ValueError(
                 f"the checkpoint has the moment {key} of shape {tuple(value.shape)} for a "
-                f"parameter of {tuple(parameter.shape)}; resume sharded or not, as it was written"
+                f"parameter of {tuple(parameter.shape)}; use FSDP or leave it out, as the process "
+                "that wrote it did"
             )
         states.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": states})

@@ -24,6 +24,7 @@ from pipeline.training.checkpoint import (
     CheckpointState,
     CorruptedCheckpoint,
     State,
+    _load_optimizer,
     list_checkpoints,
     load_checkpoint,
     load_newest,
@@ -397,3 +398,14 @@ def test_a_run_folder_of_another_format_is_refused_before_anything_is_written(
     for name in ("settings.json", "settings.backup.json"):
         (copy / "tokenizer" / name).write_text('{"settings":')
     fails(capsys, ["train-tokenizer", *arguments], "settings.json is truncated or corrupted")
+
+
+def test_moments_of_other_parameters_are_refused():
+    """Fused AdamW would read past their end."""
+    parameter = torch.nn.Parameter(torch.zeros(4, 3))
+    optimizer = torch.optim.AdamW([parameter])
+    fitting = {"0.exp_avg": torch.ones(4, 3), "0.step": torch.tensor(5.0)}
+    _load_optimizer(optimizer, fitting)
+    assert torch.equal(optimizer.state[parameter]["exp_avg"], torch.ones(4, 3))
+    with pytest.raises(ValueError, match=r"the moment 0\.exp_avg of shape \(3,\) for a parameter"):
+        _load_optimizer(optimizer, fitting | {"0.exp_avg": torch.ones(3)})

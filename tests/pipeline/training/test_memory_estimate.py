@@ -266,6 +266,16 @@ def test_first_fitting_candidate_is_chosen():
         )
 
 
+def test_networks_that_are_sharded_need_numbers(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    several = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
+    task = SimpleNamespace(objective=prior(), batch=lambda step: pairs(4))
+    with pytest.raises(ValueError, match=r"is auto, and FSDP shards the prior.*; give numbers"):
+        resolve_auto_batch(
+            PriorTrainConfig(batch_size="auto"), task, "fp32", several, rows=1000, label="prior"
+        )
+
+
 def test_less_memory_gives_smaller_batches_and_none_is_an_error(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "pipeline")
     made = prior()
