@@ -115,8 +115,8 @@ def resolve_auto_batch(
     if can_shard(networks, accelerator):
         raise ValueError(
             f"{label}.train.batch_size or gradient_accumulation_steps is auto, and FSDP shards the "
-            f"{label}, which is too large to be measured whole; give numbers (`minidalle estimate "
-            "--processes N` says what fits)"
+            f"{label}, which is too large to be measured whole; give numbers (`minidalle estimate` "
+            "says what fits)"
         )
     for network in networks.values():
         network.to(device).train()
