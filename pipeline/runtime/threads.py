@@ -149,6 +149,8 @@ class FreeThreads:
         threads: `auto`, or the number to compute with.
         adapts: whether `auto` follows what is free; else it leaves the number as it is.
         agreeing: successive readings that must agree before `update` changes the number.
+        spare: threads fewer than that, where other threads of this process need a core each. All
+            threads of torch wait for the slowest at each operation.
         cores: what is free.
     """
 
@@ -158,11 +160,13 @@ class FreeThreads:
         *,
         adapts: bool = True,
         agreeing: int = 1,
+        spare: int = 0,
         cores: FreeCores = _CORES,
     ) -> None:
         self.adapts = adapts and threads == "auto"
         self._threads = threads
         self._agreeing = agreeing
+        self._spare = spare
         self._cores = cores
         self.most = 0
 
@@ -171,9 +175,11 @@ class FreeThreads:
         self._thread = threading.get_ident()
         with _lock:
             # While another one is entered, torch's number is that one's choice.
-            self.most = _active[0].most if _active else self._found
+            self._whole = self.most = _active[0].most if _active else self._found
             _active.append(self)
-        self.adapts = self.adapts and self.most > 1 and not is_chosen(self.most)
+            self.adapts = self.adapts and self.most > 1 and not is_chosen(self.most)
+            if self.adapts:
+                self.most = max(self.most - self._spare, 1)
         if self._threads != "auto":
             torch.set_num_threads(self._threads)
         if self.adapts:
@@ -187,7 +193,7 @@ class FreeThreads:
         with _lock:
             _active.remove(self)
             is_inner = any(other._thread == self._thread for other in _active)
-        _set_threads(self._found if is_inner else self.most)
+        _set_threads(self._found if is_inner else self._whole)
 
     def update(self) -> bool:
         """Adapts the number to what is free now, at most once a second. To be called before each

@@ -290,7 +290,7 @@ class Sampler:
     # All below runs in the thread that samples
 
     def _run(self) -> None:
-        with FreeThreads() as threads:
+        with FreeThreads(spare=1) as threads:  # for the event loop, and for decoding
             while not self._closing:
                 try:
                     self._take_commands()

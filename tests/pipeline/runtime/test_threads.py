@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 
 import pytest
@@ -70,6 +71,31 @@ def test_a_loop_follows_the_load_after_two_readings_that_agree(machine, cores):
             seen.append((torch.get_num_threads(), chosen.update()))
     assert [is_new for _, is_new in seen] == [True, False, False, False, True, False, False, True]
     assert [number for number, _ in seen] == [2, 2, 2, 2, 2, 1, 1, 1]
+
+
+def test_a_core_is_left_to_other_threads_of_the_process(machine, cores):
+    """Theirs then compute within what is left, and all get their number back."""
+    machine.pass_time(2.0, QUIET)
+    with FreeThreads(spare=1, cores=cores) as outer:
+        assert torch.get_num_threads() == 1 and outer.most == 1
+        with ThreadPoolExecutor(1) as pool:
+
+            def computes() -> int:
+                with FreeThreads(cores=cores):
+                    return torch.get_num_threads()
+
+            assert pool.submit(computes).result() == 1
+        machine.pass_time(2.0, QUIET)
+        outer.update()
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_a_number_that_the_user_chose_is_not_reduced(machine, cores, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    machine.pass_time(2.0, QUIET)
+    with FreeThreads(spare=1, cores=cores):
+        assert torch.get_num_threads() == 2
 
 
 def test_readings_cover_at_least_a_second(machine, cores):
