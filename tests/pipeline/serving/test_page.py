@@ -225,7 +225,7 @@ def test_a_browser_without_room_still_shows_all_images_and_says_so(page, when):
             IDBObjectStore.prototype.add = function (value) {
                 if (atOnce) throw new DOMException("no room", "QuotaExceededError");
                 const asked = plain.call(this, value);
-                setTimeout(() => this.transaction.abort());
+                asked.addEventListener("success", () => this.transaction.abort());
                 return asked;
             };
         }""",
