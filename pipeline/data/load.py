@@ -3,6 +3,7 @@ read."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -77,12 +78,9 @@ def load_sources(
             load_sources(own, folder, share, require_captions=require_captions) for own in each
         ]
         train, held_out = zip(*loaded, strict=True)
-        for number, one in enumerate(train):
-            others = [part for part in held_out if part is not held_out[number]]
-            if isinstance(one, MappedSource | StreamSource):
-                for part in others:
-                    if isinstance(part, MappedSource):
-                        one.leave_out_copies(part.digests)
+        for (trained, _), (_, other) in itertools.permutations(loaded, 2):
+            if isinstance(trained, MappedSource | StreamSource) and isinstance(other, MappedSource):
+                trained.leave_out_copies(other.digests)
         weights = [part.weight for part in config.mix]
         return MixedSource(train, weights), MixedSource(held_out, weights)
     if config.source == "shapes":

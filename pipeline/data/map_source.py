@@ -17,7 +17,7 @@ from pipeline.data.readers.base import Rows, SkipCounter, held_out_of
 from pipeline.data.readers.captions import captions_of
 from pipeline.data.readers.images import crop_of, prepared
 from pipeline.data.readers.scan import scan_images, usable
-from pipeline.data.readers.splits import copies_of_held_out
+from pipeline.data.readers.splits import COPIES, copies_of_held_out
 from pipeline.data.readers.value_range import dark_images, values_report, with_value_range
 from pipeline.data.source import Source, check_usable
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
@@ -118,20 +118,19 @@ class MappedSource(Source):
         self.num_images = len(self._rows)
         self.name = everything.rows.name
         self.fingerprint = everything.fingerprint
-        self._copies = 0
+        self._tally = SkipCounter()
 
     @property
     def problems(self) -> list[str]:
-        if not self._copies:
-            return self._all.problems
-        return [*self._all.problems, f"{self._copies} copies of held-out images left out"]
+        return [*self._all.problems, *self._tally.lines()]
 
     def leave_out_copies(self, digests: Iterable[int]) -> None:
         """Leaves images with these digests (`file_digest`) out."""
-        left = self._rows[~np.isin(self._all.digests[self._rows], list(set(digests)))]
-        self._copies += len(self._rows) - len(left)
-        self._rows = left
-        self.num_images = len(left)
+        copies = np.isin(self._all.digests[self._rows], list(digests))
+        for row in self._rows[copies]:
+            self._tally.add(COPIES, self._all.rows.label(int(row)))
+        self._rows = self._rows[~copies]
+        self.num_images = len(self._rows)
 
     def images(self, indices: Sequence[int], draws: Sequence[int] | None = None) -> np.ndarray:
         """Images (N,H,W,C) uint8; see `Source`."""

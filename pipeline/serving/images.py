@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -129,15 +130,13 @@ class ImageService:
         self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs
     ) -> T:
         """A call of the pipeline in the thread of images."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, lambda: function(*arguments, **options))
+        return await _in_pool(self._pool, partial(function, *arguments, **options))
 
     async def in_side_thread(
         self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs
     ) -> T:
         """A call of the pipeline in the thread of scores, captions and codes."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._side_pool, lambda: function(*arguments, **options))
+        return await _in_pool(self._side_pool, partial(function, *arguments, **options))
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -412,6 +411,10 @@ class ImageService:
             total_tokens=text + sampled,
             input_tokens_details={"text_tokens": text, "image_tokens": 0},
         )
+
+
+async def _in_pool(pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, call)
 
 
 async def until(deadline: float, coming: Awaitable[T]) -> T:

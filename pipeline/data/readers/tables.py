@@ -181,7 +181,8 @@ def _delimiter_of(path: Path, header: str) -> str:
 
 def _table_of_list(path: Path, text: str, delimiter: str | None) -> Table:
     """Lines of `1.jpg,a cat`, `1.jpg#0<TAB>a cat` or `1.jpg|a cat`, or a table with a header."""
-    first = _first_line(text)
+    plain = text.replace("\r\n", "\n").replace("\r", "\n")
+    first = _first_line(plain)
     found = _image_first(first, delimiter)
     if found is not None:
         delimiter = delimiter or found["mark"] or ","
@@ -192,9 +193,8 @@ def _table_of_list(path: Path, text: str, delimiter: str | None) -> Table:
         if len(header) != 2:
             return _table_of_csv(path, text, delimiter)
     rows = []
-    plain = text.replace("\r\n", "\n").replace("\r", "\n")
     for number, line in enumerate(plain.split("\n"), start=1):
-        if not line.strip() or (found is None and line.rstrip("\r") == first):
+        if not line.strip() or (found is None and line == first):
             continue
         name, mark, caption = line.partition(delimiter)
         if not mark and len(header) > 1:

@@ -33,7 +33,7 @@ export class EditPanel {
     byId("mask-clear").addEventListener("click", () => this.mask.clear());
   }
 
-  /** Shows a record's image with an empty mask. The mask of the image before stays, if it is it. */
+  /** Shows a record's image with an empty mask; the image that was shown last keeps its mask. */
   start(record, image) {
     if (record === this.#record) {
       this.mask.draw();

@@ -163,7 +163,7 @@ def test_what_would_stop_an_evaluation_at_its_end_is_refused_before(
     bundle = tmp_path / "other"
     tiny_pipeline(image_size=experiment.data.size[0]).save_pretrained(bundle)
 
-    def measured(*given: object) -> None:
+    def measured(*arguments: object) -> None:
         raise AssertionError("it must be refused before anything is measured")
 
     monkeypatch.setattr(evaluation, "held_out_source", measured)

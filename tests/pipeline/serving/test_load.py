@@ -76,7 +76,7 @@ def test_a_request_that_is_planned_too_slowly_is_504(pipe, monkeypatch, stream):
     held = threading.Event()
     in_any_case = threading.Timer(20, held.set)
     in_any_case.start()
-    monkeypatch.setattr(TextToImagePipeline, "plan", lambda *given, **options: held.wait(30))
+    monkeypatch.setattr(TextToImagePipeline, "plan", lambda *arguments, **options: held.wait(30))
     with client_of(pipe, timeout=0.1) as client:
         late = client.post(URL, json=HEART | {"stream": stream})
         held.set()

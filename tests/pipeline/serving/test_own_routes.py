@@ -137,7 +137,7 @@ def test_scores_and_captions_of_broken_weights_are_errors(client, pipe, monkeypa
         lambda prior, ids, codes: torch.full((1, 16), float("nan")),
     )
     monkeypatch.setattr(
-        TextToImagePipeline, "caption", lambda *given, **options: [("a", float("nan"))]
+        TextToImagePipeline, "caption", lambda *arguments, **options: [("a", float("nan"))]
     )
     for url, body in (
         ("/v1/score", {"prompt": "a red heart", "codes": [0] * 16}),
@@ -153,10 +153,10 @@ def test_images_do_not_wait_for_scores(client, monkeypatch):
     held, begun = threading.Event(), threading.Event()
     plain = pipeline.serving.own_routes.score_each_code
 
-    def slow(*given):
+    def slow(*arguments):
         begun.set()
         assert held.wait(60)
-        return plain(*given)
+        return plain(*arguments)
 
     monkeypatch.setattr(pipeline.serving.own_routes, "score_each_code", slow)
     body = {"prompt": "a red heart", "codes": [0] * 16}
