@@ -200,10 +200,10 @@ def training_rate(stage: str, seconds: float) -> float:
     from pipeline.stages.estimate import trial_objective
     from pipeline.training.task import Objective, Task
     from pipeline.training.trainer import fit
-    from stage1_tokenizer import ImageTokenizer, TokenizerObjective
+    from stage1_tokenizer import TokenizerModule, TokenizerObjective
 
     experiment = load_experiment(["--config", "configs/emoji.yaml"])
-    tokenizer = ImageTokenizer(experiment.tokenizer.model)
+    tokenizer = TokenizerModule(experiment.tokenizer.model)
     config = experiment.tokenizer.train if stage == "tokenizer" else experiment.prior.train
     rows, _ = config.resolved_batch(stage)
     objective: Objective

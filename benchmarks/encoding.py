@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers
 from benchmarks.timing import interleave, report
-from stage1_tokenizer import ImageTokenizer, TokenizerConfig
+from stage1_tokenizer import TokenizerConfig, TokenizerModule
 
 NUM_CODES = 1024
 
@@ -50,7 +50,7 @@ def main() -> None:
     while ours is None or operations(ours.encode, pixels) < goal:
         width += 32
         config = TokenizerConfig(num_codes=NUM_CODES, downsample_factor=8, width=width)
-        ours = ImageTokenizer(config).eval()
+        ours = TokenizerModule(config).eval()
 
     cost = {
         "ours, million operations per image": operations(ours.encode, pixels) / batch / 1e6,

@@ -390,12 +390,14 @@ def profile(metrics: Metrics, device: torch.device, sizes: Sizes) -> None:
 
 def random_prior(sizes: Sizes):
     """A prior whose logits are random and not level, as those of a new one are."""
-    from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
+    from stage2_prior import Level, PriorConfig, PriorModule, StreamConfig
 
     torch.manual_seed(0)
     level = Level(grid=(sizes.side, sizes.side), num_codes=sizes.codes)
     stream = StreamConfig(text_vocab_size=sizes.words, text_length=sizes.text, levels=(level,))
-    prior = ImagePrior(PriorConfig(width=sizes.width, depth=sizes.depth, heads=sizes.heads), stream)
+    prior = PriorModule(
+        PriorConfig(width=sizes.width, depth=sizes.depth, heads=sizes.heads), stream
+    )
     prior.config.trained_with_caption_dropout = True
     with torch.no_grad():
         for parameter in prior.parameters():
@@ -424,9 +426,9 @@ def tokenizer_step(architecture: str, sizes: Sizes, device: torch.device) -> Cal
     """A step of a VQ tokenizer, a code for 16 x 16 pixels: our default network, compiled, or
     VQ-GAN's, whose compiling takes minutes."""
     from stage1_tokenizer import (
-        ImageTokenizer,
         ObjectiveConfig,
         TokenizerConfig,
+        TokenizerModule,
         TokenizerObjective,
         VqganOptions,
     )
@@ -446,7 +448,7 @@ def tokenizer_step(architecture: str, sizes: Sizes, device: torch.device) -> Cal
         architecture=architecture,
         **network,
     )
-    tokenizer = ImageTokenizer(config).to(device, memory_format=torch.channels_last).train()
+    tokenizer = TokenizerModule(config).to(device, memory_format=torch.channels_last).train()
     objective = TokenizerObjective(tokenizer, ObjectiveConfig())
     batch = torch.randint(
         256, (sizes.tokenizer_batch, sizes.image, sizes.image, 3), dtype=torch.uint8, device=device

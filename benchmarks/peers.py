@@ -75,11 +75,11 @@ def llama() -> Any:
 def ours() -> Any:
     """Our prior at the same width and depth, with random weights; guidance may be asked of it as if
     it was trained so."""
-    from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
+    from stage2_prior import Level, PriorConfig, PriorModule, StreamConfig
 
     levels = (Level(grid=(8, 8), num_codes=NUM_CODES),)
     stream = StreamConfig(text_vocab_size=VOCABULARY, text_length=TEXT, levels=levels)
-    prior = ImagePrior(PriorConfig(width=256, depth=6, heads=4), stream)
+    prior = PriorModule(PriorConfig(width=256, depth=6, heads=4), stream)
     prior.config.trained_with_caption_dropout = True
     return prior
 

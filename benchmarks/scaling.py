@@ -27,9 +27,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline.config.train import PriorTrainConfig
 from pipeline.training.memory_estimate import LiveTensorTracker, state_bytes
 from stage2_prior import (
-    ImagePrior,
     Level,
     PriorConfig,
+    PriorModule,
     PriorObjective,
     PriorObjectiveConfig,
     StreamConfig,
@@ -53,9 +53,9 @@ STREAM = StreamConfig(
 GPUS = (1, 8, 64, 1000)
 
 
-def weightless(config: PriorConfig) -> ImagePrior:
+def weightless(config: PriorConfig) -> PriorModule:
     """A prior in training on the CPU; within a FakeTensorMode it takes no memory."""
-    return ImagePrior(config, STREAM).train()
+    return PriorModule(config, STREAM).train()
 
 
 def step_bytes(config: PriorConfig, images: int, *, again: bool, gradients: bool) -> int:
@@ -88,7 +88,7 @@ def step_bytes(config: PriorConfig, images: int, *, again: bool, gradients: bool
         transformer.attend = held
 
 
-def operations(prior: ImagePrior, *, again: bool) -> float:
+def operations(prior: PriorModule, *, again: bool) -> float:
     """Of a training step, per image."""
     stream = prior.stream
     config = prior.model_config

@@ -21,9 +21,9 @@ from pipeline.config.train import TrainConfig
 from pipeline.data.builtin.shapes_captions import ShapesSource
 from pipeline.training.optimizers import optimizers_for
 from stage1_tokenizer import (
-    ImageTokenizer,
     ObjectiveConfig,
     TokenizerConfig,
+    TokenizerModule,
     TokenizerObjective,
     to_model_range,
 )
@@ -41,7 +41,7 @@ def main() -> None:
     config = DataConfig(source="shapes", image_size=32)
     images = torch.from_numpy(ShapesSource(config, "train").images(range(20_000)))
     held_out = to_model_range(torch.from_numpy(ShapesSource(config, "held_out").images(range(500))))
-    tokenizer = ImageTokenizer(
+    tokenizer = TokenizerModule(
         TokenizerConfig(
             image_size=32,
             downsample_factor=4,

@@ -31,10 +31,10 @@ from pipeline.data.sampler import BatchSampler
 from pipeline.runtime.devices import uses_bf16
 from pipeline.stages.sources import sources_of
 from stage1_tokenizer import (
-    ImageTokenizer,
     Level,
     Quantized,
     TokenizerConfig,
+    TokenizerModule,
     codebook_statistics,
     to_model_range,
 )
@@ -69,7 +69,7 @@ class PeerQuantizer(SingleLevel):
 
 
 class PeerTokenizer(nn.Module):
-    """dalle-pytorch's DiscreteVAE behind as much of `ImageTokenizer` as the stages ask for."""
+    """dalle-pytorch's DiscreteVAE behind as much of `TokenizerModule` as the stages ask for."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def discrete_vae_row(experiment: Experiment, minutes: float | None, *, fp32: boo
 
     comparison.train_tokenizer = train
     comparison.steps_in_budget = lambda given, seconds: 1
-    ImageTokenizer.from_pretrained = classmethod(lambda cls, folder: trained[0])  # type: ignore[assignment, method-assign]
+    TokenizerModule.from_pretrained = classmethod(lambda cls, folder: trained[0])  # type: ignore[assignment, method-assign]
     metrics = comparison.run_variant(experiment, minutes)
     steps = json.loads((experiment.folder / "tokenizer" / "settings.json").read_text())["settings"][
         "train"

@@ -1,4 +1,11 @@
-"""Stage 1: images <-> grids of codes. Knows nothing of text, data sets or training loops."""
+"""Stage 1: images <-> grids of codes. Knows nothing of text, data sets or training loops.
+
+`ImageTokenizer` is imported when it is first used, and transformers with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from stage1_tokenizer.codebook_redundancy import (
     agreement_by_level,
@@ -8,7 +15,7 @@ from stage1_tokenizer.codebook_redundancy import (
 )
 from stage1_tokenizer.config import Level, ObjectiveConfig, TokenizerConfig, joint_problems
 from stage1_tokenizer.metrics import structural_similarity
-from stage1_tokenizer.model import ImageTokenizer, ImageTokenizerConfig, TokenizerOutput
+from stage1_tokenizer.model import TokenizerModule, TokenizerOutput
 from stage1_tokenizer.objective import TokenizerLoss, TokenizerObjective
 from stage1_tokenizer.options import (
     BinaryOptions,
@@ -45,6 +52,9 @@ from stage1_tokenizer.quantizers import (
     statistics_by_level,
 )
 
+if TYPE_CHECKING:
+    from stage1_tokenizer.pretrained import ImageTokenizer, ImageTokenizerConfig
+
 __all__ = [
     "BinaryOptions",
     "CodebookStatistics",
@@ -66,6 +76,7 @@ __all__ = [
     "SignOptions",
     "TokenizerConfig",
     "TokenizerLoss",
+    "TokenizerModule",
     "TokenizerObjective",
     "TokenizerOutput",
     "VectorOptions",
@@ -89,3 +100,11 @@ __all__ = [
     "to_uint8",
     "unchanged_codes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("ImageTokenizer", "ImageTokenizerConfig"):
+        raise AttributeError(f"module 'stage1_tokenizer' has no attribute {name!r}")
+    from stage1_tokenizer import pretrained
+
+    return getattr(pretrained, name)

@@ -25,7 +25,7 @@ def warn_user(message: str) -> None:
 
 
 def model_called_by_user() -> bool:
-    """Whether the innermost call of a method of `ImageTokenizer` comes from outside of our
+    """Whether the innermost call of a method of `TokenizerModule` comes from outside of our
     packages."""
     frame = sys._getframe()
     while frame.f_back is not None and _is_of_the_model(frame.f_globals.get("__name__", "")):

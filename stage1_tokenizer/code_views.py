@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.model import ImageTokenizer
+from stage1_tokenizer.model import TokenizerModule
 from stage1_tokenizer.pixels import to_model_range, to_uint8
 from stage1_tokenizer.quantizers import VectorQuantizer
 from stage1_tokenizer.quantizers.categorical import Categorical, gumbel_noise_like
@@ -60,7 +60,7 @@ class OptimizedGrids:
 
 @torch.no_grad()
 def naive_views(
-    tokenizer: ImageTokenizer, codes: Tensor, common: Tensor, grid: tuple[int, int], number: int
+    tokenizer: TokenizerModule, codes: Tensor, common: Tensor, grid: tuple[int, int], number: int
 ) -> CodeViews:
     """Each code (n,) of a level, counted from 0, in every position of its level.
 
@@ -78,7 +78,7 @@ def naive_views(
 
 
 def gumbel_views(
-    tokenizer: ImageTokenizer,
+    tokenizer: TokenizerModule,
     codes: Tensor,
     grid: tuple[int, int],
     *,
@@ -102,7 +102,7 @@ def gumbel_views(
     return _with_fractions(tokenizer, torch.cat(images), codes, grid, 0)
 
 
-def check_gumbel(tokenizer: ImageTokenizer) -> None:
+def check_gumbel(tokenizer: TokenizerModule) -> None:
     """Raises ValueError where the tokenizer's quantizer has no Gumbel views."""
     name = tokenizer.own_config.quantizer
     if name not in GUMBEL_QUANTIZERS:
@@ -113,7 +113,7 @@ def check_gumbel(tokenizer: ImageTokenizer) -> None:
 
 
 def optimize_grids(
-    tokenizer: ImageTokenizer,
+    tokenizer: TokenizerModule,
     codes: Tensor,
     grid: tuple[int, int],
     *,
@@ -154,7 +154,7 @@ def optimize_grids(
     return OptimizedGrids(logits.detach().argmax(3), torch.stack(objective))
 
 
-def _encoded(tokenizer: ImageTokenizer, latents: Tensor) -> Tensor:
+def _encoded(tokenizer: TokenizerModule, latents: Tensor) -> Tensor:
     """Latents (B,h,w,D) -> the features that the encoder has of their image, with gradients."""
     parameters = tokenizer.decoder(latents.permute(0, 3, 1, 2).to(tokenizer.dtype))
     pixels = tokenizer.likelihood.image(parameters).clamp(-1, 1)
@@ -170,7 +170,7 @@ def _temperature(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def _with_fractions(
-    tokenizer: ImageTokenizer, images: Tensor, codes: Tensor, grid: tuple[int, int], number: int
+    tokenizer: TokenizerModule, images: Tensor, codes: Tensor, grid: tuple[int, int], number: int
 ) -> CodeViews:
     """The views of codes (n,) of a level by their images uint8 (n,H,W,C), which are encoded."""
     lengths = [level.length for level in tokenizer.quantizer.layout(grid)]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage1_tokenizer.config import Level
-from stage1_tokenizer.model import ImageTokenizer
+from stage1_tokenizer.model import TokenizerModule
 from stage1_tokenizer.pixels import through_jpeg, to_model_range, to_uint8
 
 JPEG_QUALITY = 95
@@ -30,7 +30,7 @@ _MAX_SIDE = 8
 
 
 @torch.no_grad()
-def distinct_codes(tokenizer: ImageTokenizer, counts: Tensor) -> dict[str, int]:
+def distinct_codes(tokenizer: TokenizerModule, counts: Tensor) -> dict[str, int]:
     """How many of the codes in use draw differently, given a histogram (sum of K,) over all levels:
     the sum over the levels under "" and, where there are several, each one's number under
     "_level_1", ...
@@ -91,7 +91,7 @@ def common_codes(counts: Tensor, layout: Sequence[Level]) -> Tensor:
 
 @torch.no_grad()
 def decode_middle(
-    tokenizer: ImageTokenizer, streams: Tensor, grid: tuple[int, int], number: int
+    tokenizer: TokenizerModule, streams: Tensor, grid: tuple[int, int], number: int
 ) -> Tensor:
     """What images of these codes (B,N) show in the middle position of a level, counted from 0:
     uint8 (B,height,width,C). `grid` is the finest grid's height and width."""
@@ -140,7 +140,7 @@ def _alike(patches: Tensor) -> Tensor:
 
 @torch.no_grad()
 def unchanged_codes(
-    tokenizer: ImageTokenizer, codes: Tensor, images: Tensor, *, jpeg_quality: int | None = None
+    tokenizer: TokenizerModule, codes: Tensor, images: Tensor, *, jpeg_quality: int | None = None
 ) -> Tensor:
     """(B,N) bool: whether each code (B,h,w) or (B,N) is the same after its image is encoded again.
 
@@ -165,7 +165,7 @@ def agreement_by_level(unchanged: Tensor, layout: Sequence[Level]) -> dict[str, 
 
 
 def reencoding_metrics(
-    tokenizer: ImageTokenizer, batches: Sequence[tuple[Tensor, Tensor]]
+    tokenizer: TokenizerModule, batches: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
     """The fraction of codes that stay the same after their image is encoded again:
     `reencode_agreement` at once, `reencode_agreement_jpeg95` after JPEG of quality 95; where there

@@ -1,5 +1,5 @@
-"""`ImageTokenizer`: images <-> codes or Gaussian latents, and how it is saved and loaded. Knows its
-parts; knows no training loop and no text.
+"""`TokenizerModule`: images <-> codes or Gaussian latents, and how it is saved and loaded. Knows
+its parts; knows no training loop and no text.
 
 Legend: B batch, C channels, H W pixels, h w code grid, n latent dimensions of an image.
 """
@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
 
 from stage1_tokenizer.config import ImageSize, Level, TokenizerConfig, height_and_width
 from stage1_tokenizer.convert_checkpoints import Kind, align_state_dict, load_external
@@ -30,7 +30,7 @@ from stage1_tokenizer.quantizers import (
     VectorQuantizer,
     build_quantizer,
 )
-from stage1_tokenizer.saving import SavedConfig, SavedModel, refuse_larger
+from stage1_tokenizer.saving import SavedConfig, SavedModule, refuse_larger
 from stage1_tokenizer.tiling import by_tiles
 from stage1_tokenizer.value_range import ValueRange
 
@@ -38,8 +38,9 @@ _LARGEST_SIDE = 2**15
 """Pixels of an image, which a file may say a tokenizer is for."""
 
 
-class ImageTokenizerConfig(SavedConfig):
-    """A `TokenizerConfig` in the form that transformers saves: `model` is its dictionary."""
+@dataclass(kw_only=True)
+class SavedTokenizerConfig(SavedConfig):
+    """A `TokenizerConfig` as it is saved: `model` is its dictionary."""
 
     model_type = "mini_dalle_tokenizer"
 
@@ -57,27 +58,31 @@ class TokenizerOutput:
     encoded again, in nats per code."""
 
 
-class ImageTokenizer(SavedModel):
+class TokenizerModule(SavedModule):
     """Encoder, quantizer and decoder.
 
     Args:
-        config: a `TokenizerConfig`, or the `ImageTokenizerConfig` that transformers passes on
-            loading.
+        config: a `TokenizerConfig`, or what `config_class` is, as loading passes it on.
     """
 
-    config_class = ImageTokenizerConfig
-    base_model_prefix = "tokenizer"
-    main_input_name = "pixels"
+    config_class = SavedTokenizerConfig
+    transformers_name = "ImageTokenizer"
     noun = "tokenizer"
 
-    def __init__(self, config: TokenizerConfig | ImageTokenizerConfig) -> None:
-        hub = (
+    def __init__(self, config: TokenizerConfig | SavedTokenizerConfig) -> None:
+        super().__init__(self._saved(config))
+
+    @classmethod
+    def _saved(cls, config: TokenizerConfig | SavedTokenizerConfig) -> SavedTokenizerConfig:
+        return (
             config
-            if isinstance(config, ImageTokenizerConfig)
-            else ImageTokenizerConfig(model=asdict(config))
+            if isinstance(config, cls.config_class)
+            else cls.config_class(model=asdict(config))
         )
-        super().__init__(hub)
-        own = self.own_config = build_config(TokenizerConfig, hub.model or {}, "config.json")
+
+    def _build(self) -> None:
+        model = self.config.model or {}
+        own = self.own_config = build_config(TokenizerConfig, model, "config.json")
         self.likelihood = build_likelihood(
             own.likelihood, own.likelihood_scale, own.channels, own.likelihood_mixtures
         )
@@ -87,10 +92,6 @@ class ImageTokenizer(SavedModel):
             own, self.quantizer.input_dim, self.quantizer.output_dim, parameters
         )
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.post_init()
-
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing: every module initialises itself when it is made."""
 
     @property
     def num_codes(self) -> int:
@@ -248,7 +249,7 @@ class ImageTokenizer(SavedModel):
         nearest that it can."""
         self.own_config.check_pixels(shape)
 
-    def at_size(self, image_size: ImageSize) -> ImageTokenizer:
+    def at_size(self, image_size: ImageSize) -> Self:
         """The same weights for images of another size: itself where that is its own size, else a
         copy. The grid, and so the layout of the codes, follows.
 
@@ -259,9 +260,7 @@ class ImageTokenizer(SavedModel):
         if height_and_width(image_size) == self.size:
             return self
         self.own_config.require_resizable(image_size)
-        checked = replace(self.own_config, image_size=image_size).image_size
-        values = dict(self.config.model) | {"image_size": checked}
-        other = type(self)(ImageTokenizerConfig(model=values))
+        other = type(self)(replace(self.own_config, image_size=image_size))
         other.load_state_dict(self.state_dict())
         return other.to(self.device, self.dtype).train(self.training)
 
@@ -373,7 +372,7 @@ class ImageTokenizer(SavedModel):
         self.decoder.compile(dynamic=False)
 
     @classmethod
-    def check_stored(cls, config: ImageTokenizerConfig, stored: Mapping[str, StoredTensor]) -> None:
+    def check_stored(cls, config: SavedTokenizerConfig, stored: Mapping[str, StoredTensor]) -> None:
         """Raises ValueError where there are more layers than stored tensors, or for images far
         beyond those of any tokenizer."""
         own = build_config(TokenizerConfig, config.model, "its model section")
@@ -387,7 +386,7 @@ class ImageTokenizer(SavedModel):
         refuse_larger("pixels along a side", own.downsample_factor * max(own.grid), _LARGEST_SIDE)
 
     @classmethod
-    def from_external(cls, path: str | Path, kind: Kind) -> ImageTokenizer:
+    def from_external(cls, path: str | Path, kind: Kind) -> Self:
         """A tokenizer with published weights of another project, from a local file; see
         `convert_checkpoints.load_external` for the kinds of files.
 
@@ -405,7 +404,3 @@ class ImageTokenizer(SavedModel):
             # Or training would start by replacing the codebook.
             tokenizer.quantizer.initialized.fill_(True)
         return tokenizer.eval()
-
-
-AutoConfig.register(ImageTokenizerConfig.model_type, ImageTokenizerConfig)
-AutoModel.register(ImageTokenizerConfig, ImageTokenizer)

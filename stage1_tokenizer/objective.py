@@ -36,7 +36,7 @@ from stage1_tokenizer.discriminator import (
 from stage1_tokenizer.latent_prior import PriorLogProb
 from stage1_tokenizer.likelihoods import Likelihood, bits_per_dimension
 from stage1_tokenizer.metrics import peak_signal_to_noise
-from stage1_tokenizer.model import ImageTokenizer
+from stage1_tokenizer.model import TokenizerModule
 from stage1_tokenizer.perceptual import build_distance
 from stage1_tokenizer.pixels import dequantized, to_model_range, to_uint8
 from stage1_tokenizer.posterior import GaussianLatents
@@ -96,7 +96,7 @@ class TokenizerObjective:
 
     def __init__(
         self,
-        tokenizer: ImageTokenizer,
+        tokenizer: TokenizerModule,
         config: ObjectiveConfig,
         *,
         latent_prior: nn.Module | None = None,

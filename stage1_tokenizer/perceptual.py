@@ -26,7 +26,6 @@ from stage1_tokenizer.file_checks import (
     convert,
     read_json_object,
 )
-from stage1_tokenizer.hub import model_folder
 from stage1_tokenizer.metrics import multi_scale_distance
 from stage1_tokenizer.options import PerceptualOptions
 from stage1_tokenizer.pixels import laid_on_white
@@ -48,6 +47,8 @@ def checked_folder(name: str) -> Path:
         OSError: a file cannot be read, or it is no folder.
         ValueError: a file is not safe to read.
     """
+    from stage1_tokenizer.hub import model_folder  # not above: it imports huggingface_hub
+
     folder = model_folder(name, [*_TEXTS, _WEIGHTS[0]])
     if not any(folder.glob("*.safetensors")) and not Path(name).expanduser().exists():
         folder = model_folder(name, [*_TEXTS, _WEIGHTS[1]])

@@ -1,5 +1,13 @@
 """Stage 2: caption and codes as one stream, or priors over Gaussian latents. Sees numbers only;
-knows nothing of images, data sets or training loops."""
+knows nothing of images, data sets or training loops.
+
+`ImagePrior` and `LatentPriorModel` are imported when they are first used, and transformers with
+them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from stage2_prior.compilation import CompiledSteps, StepShape
 from stage2_prior.config import Level, PriorConfig, PriorObjectiveConfig, StreamConfig
@@ -11,13 +19,13 @@ from stage2_prior.flows import (
     GaussianMixture,
     LatentPrior,
     LatentPriorConfig,
-    LatentPriorModel,
+    LatentPriorModule,
     LatentPriorObjective,
     StandardNormal,
     VampPrior,
     build_latent_prior,
 )
-from stage2_prior.model import ImagePrior, PriorLogits
+from stage2_prior.model import PriorLogits, PriorModule
 from stage2_prior.objective import PriorLoss, PriorObjective
 from stage2_prior.order import CodeOrder, OrderSchedule
 from stage2_prior.sampling import SamplingOptions
@@ -33,6 +41,9 @@ from stage2_prior.sequence import Stream
 from stage2_prior.step import Filters
 from stage2_prior.text import TextConfig, TextTokenizer
 
+if TYPE_CHECKING:
+    from stage2_prior.pretrained import ImagePrior, LatentPriorModel
+
 __all__ = [
     "AggregatedPosterior",
     "CodeOrder",
@@ -46,12 +57,14 @@ __all__ = [
     "LatentPrior",
     "LatentPriorConfig",
     "LatentPriorModel",
+    "LatentPriorModule",
     "LatentPriorObjective",
     "Level",
     "OrderSchedule",
     "PriorConfig",
     "PriorLogits",
     "PriorLoss",
+    "PriorModule",
     "PriorObjective",
     "PriorObjectiveConfig",
     "SampleRequest",
@@ -75,3 +88,11 @@ __all__ = [
     "score_codes",
     "score_each_code",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("ImagePrior", "LatentPriorModel"):
+        raise AttributeError(f"module 'stage2_prior' has no attribute {name!r}")
+    from stage2_prior import pretrained
+
+    return getattr(pretrained, name)

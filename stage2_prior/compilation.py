@@ -11,11 +11,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from stage2_prior.model import ImagePrior
+from stage2_prior.model import PriorModule
 from stage2_prior.step import Advance, Filters, Layout, Prefill, Rows, advance, prefill
 
 Programs = dict[Hashable, Callable[..., object]]
-_compiled: WeakKeyDictionary[ImagePrior, Programs] = WeakKeyDictionary()
+_compiled: WeakKeyDictionary[PriorModule, Programs] = WeakKeyDictionary()
 """Compiled programs of each prior, by what distinguishes them; freed with the prior."""
 _Function = TypeVar("_Function", bound=Callable[..., object])
 _CompileOptions = dict[str, str | int | bool | Callable[..., object]]
@@ -57,7 +57,7 @@ class Steps:
 class CompiledSteps(Steps):
     """Steps that were compiled beforehand, for a program that must not wait later."""
 
-    def __init__(self, prior: ImagePrior) -> None:
+    def __init__(self, prior: PriorModule) -> None:
         self.prior = prior
         self._ready: dict[StepShape, tuple[Hashable, Advance]] = {}
         """Steps, and how the prior computed when they were compiled."""
@@ -84,7 +84,7 @@ class CompiledAtFirstUse(Steps):
     """Everything is compiled when it is first needed: some seconds then, far less per code after.
     Programs are kept with the prior."""
 
-    def __init__(self, prior: ImagePrior) -> None:
+    def __init__(self, prior: PriorModule) -> None:
         self.prior = prior
         self.prefill = _compiled_prefill(prior)
 
@@ -92,7 +92,7 @@ class CompiledAtFirstUse(Steps):
         return _compiled_step(self.prior, shape)
 
 
-def compiled_programs(prior: ImagePrior) -> Programs:
+def compiled_programs(prior: PriorModule) -> Programs:
     """The programs that were compiled for a prior so far."""
     return _compiled.setdefault(prior, {})
 
@@ -113,7 +113,7 @@ def capture_cuda_graph(step: Callable[[], None], device: torch.device) -> Callab
     return graph.replay
 
 
-def _compiled_step(prior: ImagePrior, shape: StepShape) -> Advance:
+def _compiled_step(prior: PriorModule, shape: StepShape) -> Advance:
     # On the CPU a step is so short that calling its kernels from Python would take a tenth of its
     # time. The key holds all that guards would check before every code.
     options: _CompileOptions = {
@@ -123,7 +123,7 @@ def _compiled_step(prior: ImagePrior, shape: StepShape) -> Advance:
     return _compile_once(prior, ("step", shape), advance, options, dynamic=False)
 
 
-def _compiled_prefill(prior: ImagePrior) -> Prefill:
+def _compiled_prefill(prior: PriorModule) -> Prefill:
     """For any number of captions."""
     options: _CompileOptions = {"guard_filter_fn": _prefill_guards}
     return _compile_once(prior, ("captions",), prefill, options, dynamic=True)
@@ -139,7 +139,7 @@ def _prefill_guards(guards: Sequence[_Guard]) -> list[bool]:
     ]
 
 
-def _computing(prior: ImagePrior) -> tuple[Hashable, ...]:
+def _computing(prior: PriorModule) -> tuple[Hashable, ...]:
     """How and where a prior computes now, which a program is compiled for."""
     kind = prior.device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
@@ -147,7 +147,7 @@ def _computing(prior: ImagePrior) -> tuple[Hashable, ...]:
 
 
 def _compile_once(
-    prior: ImagePrior,
+    prior: PriorModule,
     key: tuple[Hashable, ...],
     function: _Function,
     options: _CompileOptions,

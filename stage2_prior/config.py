@@ -141,7 +141,7 @@ class StreamConfig:
     levels: tuple[Level, ...] = field(default_factory=tuple)
     """The codes' levels, in the order in which the stream holds them."""
     code_dim: int = 0
-    """Features of a code's vector (`ImagePrior.set_codebook`); 0 where codes have none."""
+    """Features of a code's vector (`PriorModule.set_codebook`); 0 where codes have none."""
     any_order: bool = False
     """Whether the position of the next code is an input, so that codes may come in any order."""
     pad_id: int = 0

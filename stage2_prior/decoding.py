@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stage2_prior.compilation import CompiledAtFirstUse, Steps
 from stage2_prior.engine import Engine, Finished, SampleRequest, Samples
-from stage2_prior.model import ImagePrior
+from stage2_prior.model import PriorModule
 from stage2_prior.sampling import SamplingOptions
 from stage2_prior.schedule import sampling_schedule
 
@@ -21,7 +21,7 @@ from stage2_prior.schedule import sampling_schedule
 # Eight parameters: the four by keyword are independent of each other and have defaults.
 @torch.inference_mode()
 def sample(
-    prior: ImagePrior,
+    prior: PriorModule,
     text_ids: Tensor,
     seeds: Sequence[int],
     options: SamplingOptions,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from stage2_prior.compilation import Steps, StepShape
-from stage2_prior.model import ImagePrior
+from stage2_prior.model import PriorModule
 from stage2_prior.sampling import SamplingOptions, per_seed_uniforms
 from stage2_prior.schedule import SamplingSchedule, sampling_schedule
 from stage2_prior.step import Filters, Rows
@@ -179,7 +179,7 @@ class Engine:
     """
 
     def __init__(
-        self, prior: ImagePrior, num_rows: int = 64, *, steps: Steps | None = None
+        self, prior: PriorModule, num_rows: int = 64, *, steps: Steps | None = None
     ) -> None:
         if num_rows < 1:
             raise ValueError(f"num_rows is {num_rows}; it must be at least 1")

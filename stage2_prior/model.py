@@ -1,4 +1,4 @@
-"""`ImagePrior`: ids and positions of the stream -> logits. Never sees text or an image; saving.py
+"""`PriorModule`: ids and positions of the stream -> logits. Never sees text or an image; saving.py
 has files."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stage2_prior.config import PriorConfig, StreamConfig
 from stage2_prior.file_checks import StoredTensor, build_config
-from stage2_prior.saving import SavedConfig, SavedModel, refuse_larger
+from stage2_prior.saving import SavedConfig, SavedModule, refuse_larger
 from stage2_prior.sequence import Stream
 from stage2_prior.transformer import (
     Block,
@@ -30,9 +30,9 @@ from stage2_prior.transformer import (
 )
 
 
-class ImagePriorConfig(SavedConfig):
-    """The two plain configurations in the form that transformers saves: `model` and `stream` are
-    dictionaries."""
+@dataclass(kw_only=True)
+class SavedPriorConfig(SavedConfig):
+    """The two plain configurations as they are saved: `model` and `stream` are dictionaries."""
 
     model_type = "mini_dalle_prior"
     stream: dict[str, Any] | None = None
@@ -85,44 +85,50 @@ class CodebookProjection(nn.Module):
         return rows if self.shared is None else rows + vectors @ self.shared
 
 
-class ImagePrior(SavedModel):
+class PriorModule(SavedModule):
     """Transformer over caption and codes, of which each code knows what comes before it; with an
     encoder of the caption in front, if `text_depth` is above 0.
 
     Args:
-        model: architecture; or the `ImagePriorConfig` that transformers passes on loading.
+        model: architecture; or what `config_class` is, as loading passes it on.
         stream: the stream's shape.
 
     The weights of text and image logits are tied to nothing (DALL-E ties nothing either).
     """
 
-    config_class = ImagePriorConfig
-    base_model_prefix = "prior"
+    config_class = SavedPriorConfig
+    transformers_name = "ImagePrior"
     noun = "prior"
     described_by = ("model", "stream")
     # Sampling refuses what the training did not allow.
     recorded = ("trained_with_caption_dropout", "trained_order", "trained_image_first")
+    config: SavedPriorConfig
     rotary: Tensor
     slot_level: Tensor
     code_vectors: Tensor
 
     def __init__(
-        self, model: PriorConfig | ImagePriorConfig, stream: StreamConfig | None = None
+        self, model: PriorConfig | SavedPriorConfig, stream: StreamConfig | None = None
     ) -> None:
-        if isinstance(model, ImagePriorConfig):
-            hub = model
-        else:
-            if stream is None:
-                raise ValueError(
-                    "ImagePrior needs the stream's shape: ImagePrior(PriorConfig(...), "
-                    "StreamConfig(...))"
-                )
-            hub = ImagePriorConfig(
-                model=asdict(model), stream=json.loads(json.dumps(asdict(stream)))
+        super().__init__(self._saved(model, stream))
+
+    @classmethod
+    def _saved(
+        cls, model: PriorConfig | SavedPriorConfig, stream: StreamConfig | None
+    ) -> SavedPriorConfig:
+        if isinstance(model, cls.config_class):
+            return model
+        if stream is None:
+            raise ValueError(
+                f"{cls.__name__} needs the stream's shape: {cls.__name__}(PriorConfig(...), "
+                "StreamConfig(...))"
             )
-        super().__init__(hub)
-        self.model_config = build_config(PriorConfig, hub.model or {}, "config.json")
-        self.stream = Stream(build_config(StreamConfig, hub.stream or {}, "config.json"))
+        return cls.config_class(model=asdict(model), stream=json.loads(json.dumps(asdict(stream))))
+
+    def _build(self) -> None:
+        saved = self.config
+        self.model_config = build_config(PriorConfig, saved.model or {}, "config.json")
+        self.stream = Stream(build_config(StreamConfig, saved.stream or {}, "config.json"))
         width = self.model_config.width
         heads = self.model_config.heads
         self.text_embedding = nn.Embedding(self.stream.text_vocab_size, width)
@@ -154,17 +160,20 @@ class ImagePrior(SavedModel):
             self.stream.num_codes, width, self.stream.config.code_dim
         )
         # Persistent, so that loading fills them like any weight: transformers builds the model on
-        # the meta device.
-        table = rotary_table(self.stream.coordinates(), width // heads, self.model_config.rope_base)
+        # the meta device. Computed on the CPU: on the meta device it imports torch's compiler.
+        with torch.device("cpu"):
+            positions = self.stream.coordinates()
+            table = rotary_table(positions, width // heads, self.model_config.rope_base)
+            levels = self.stream.level_index()
         self.register_buffer("rotary", table)
-        self.register_buffer("slot_level", self.stream.level_index())
+        self.register_buffer("slot_level", levels)
         self.register_buffer(
             "code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim)
         )
-        self.post_init()
+        self.apply(self._fill)
 
     @classmethod
-    def check_stored(cls, config: ImagePriorConfig, stored: Mapping[str, StoredTensor]) -> None:
+    def check_stored(cls, config: SavedPriorConfig, stored: Mapping[str, StoredTensor]) -> None:
         """Raises ValueError where there are more blocks or positions than the weights have."""
         model = build_config(PriorConfig, config.model, "its model section")
         stream = build_config(StreamConfig, config.stream, "its stream section")
@@ -174,10 +183,9 @@ class ImagePrior(SavedModel):
         refuse_larger("positions", length, math.prod(slots.shape) if slots else 0)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _fill(self, module: nn.Module) -> None:
         """Normal with standard deviation width^-1/2. Projections back into the residual stream and
         heads start at zero."""
-        # Only modules with parameters of their own come here: transformers skips the others.
         if isinstance(module, Projection) and module.starts_at_zero:
             nn.init.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
@@ -208,7 +216,7 @@ class ImagePrior(SavedModel):
         self.code_vectors.copy_(centred / centred.std().clamp(min=1e-6))
 
     @torch.no_grad()
-    def load_pretrained(self, origin: ImagePrior, spelled: Sequence[Sequence[int]] = ()) -> None:
+    def load_pretrained(self, origin: PriorModule, spelled: Sequence[Sequence[int]] = ()) -> None:
         """Copies the weights of a prior of the same architecture and codes, whose text may be
         shorter and vocabulary smaller. It may lack this one's text encoder, which then changes
         nothing at first.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage2_prior.config import PriorObjectiveConfig
-from stage2_prior.model import ImagePrior, PriorLogits
+from stage2_prior.model import PriorLogits, PriorModule
 from stage2_prior.order import OrderSchedule, seeded_orders, training_orders
 from stage2_prior.sequence import TokenSequence
 
@@ -50,7 +50,7 @@ class PriorObjective:
         schedule: the orders of the codes.
         image_first: fraction of the batches whose codes come before the caption, so that the prior
             learns to caption.
-        activation_checkpointing: as of `ImagePrior.forward`.
+        activation_checkpointing: as of `PriorModule.forward`.
 
     Raises:
         ValueError: the schedule has other orders than raster, and the prior does not take the
@@ -59,7 +59,7 @@ class PriorObjective:
 
     def __init__(
         self,
-        prior: ImagePrior,
+        prior: PriorModule,
         config: PriorObjectiveConfig,
         schedule: OrderSchedule | None = None,
         image_first: float = 0.0,

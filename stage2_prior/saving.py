@@ -1,5 +1,6 @@
 """How models are saved and loaded: config.json and safetensors, checked before memory is taken, and
-a fingerprint of both. Knows files and configurations; knows no particular model.
+a fingerprint of both. Knows files and configurations; knows no particular model, nor transformers,
+whose import takes longer than to draw an image (transformers_saving.py knows it).
 
 The other stage has the same file, but for the name of its package: the stages share no package, and
 a test compares the two.
@@ -10,16 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from inspect import get_annotations
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypedDict, Unpack
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.overrides import TorchFunctionMode
 
 from stage2_prior.file_checks import (
     StoredTensor,
@@ -29,36 +32,66 @@ from stage2_prior.file_checks import (
     read_json_object,
     stored_tensors,
 )
-from stage2_prior.hub import model_folder, push_folder
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 2**20
-_HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
-"""Options of `from_pretrained` that say what is downloaded."""
 
 
-class SavedConfig(PreTrainedConfig):
-    """What a `SavedModel` has in config.json: plain configurations as dictionaries."""
+class HubOptions(TypedDict, total=False):
+    """What of a repository is downloaded: options of `huggingface_hub.snapshot_download`."""
 
+    revision: str
+    cache_dir: str | Path
+    token: str | bool
+    force_download: bool
+    local_files_only: bool
+
+
+@dataclass(kw_only=True)
+class SavedConfig:
+    """What a `SavedModule` has in config.json: plain configurations as dictionaries."""
+
+    model_type: ClassVar[str]
     model: dict[str, Any] | None = None
     saved_fingerprint: str | None = None
     """The model's `fingerprint` when it was saved; None where an older version saved it."""
 
 
-class SavedModel(PreTrainedModel):
-    """A model that is saved as transformers saves models, and loaded with every file checked. Its
-    constructor takes a `config_class` alone, too."""
+class SavedModule(nn.Module):
+    """A module in files that transformers reads, too. Loading checks every file. The constructor
+    takes a `config_class` alone, too, and makes the parts by `_build`."""
 
     config_class: type[SavedConfig]
+    transformers_name: ClassVar[str]
+    """The class of transformers' models that has the same weights."""
     noun: ClassVar[str]
     """What the model is, in messages."""
     described_by: ClassVar[tuple[str, ...]] = ("model",)
     """Fields of the configuration that say what the model is; the fingerprint covers them."""
     recorded: ClassVar[tuple[str, ...]] = ()
     """Fields of the configuration that record the training."""
-    if TYPE_CHECKING:
-        to = nn.Module.to  # type: ignore[assignment]  # transformers' wrapper hides the signature
+    config: SavedConfig
+
+    def __init__(self, config: SavedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._build()
+
+    def _build(self) -> None:
+        """Makes the parts that `config` describes."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(chain(self.parameters(), self.buffers())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        tensors = chain(self.parameters(), self.buffers())
+        return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
 
     @property
     def fingerprint(self) -> str:
@@ -67,7 +100,7 @@ class SavedModel(PreTrainedModel):
         return self._fingerprint_of(self.config, self.state_dict())
 
     @classmethod
-    def _fingerprint_of(cls, config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> str:
+    def _fingerprint_of(cls, config: SavedConfig, weights: Mapping[str, Tensor]) -> str:
         described = [getattr(config, name) for name in cls.described_by]
         text = json.dumps(described if len(described) > 1 else described[0], sort_keys=True)
         digest = hashlib.sha256(text.encode())
@@ -84,14 +117,24 @@ class SavedModel(PreTrainedModel):
         """Raises ValueError where the configuration describes a model that would take long to
         build, and that the stored weights are not of. Called before the model is built."""
 
-    def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
-        """As transformers does, which has the arguments, with the fingerprint in config.json."""
-        # Other weights than its own, which transformers can save in their place, have another.
-        is_own = not arguments and "state_dict" not in options
-        self.config.saved_fingerprint = self.fingerprint if is_own else None
-        super().save_pretrained(save_directory, *arguments, **options)
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes config.json and model.safetensors into a folder, which is made if needed."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.saved_fingerprint = self.fingerprint
+        known = (*self.described_by, *self.recorded, "saved_fingerprint")
+        values = {name: getattr(self.config, name) for name in known} | {
+            "architectures": [self.transformers_name],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "model_type": self.config_class.model_type,
+        }
+        text = json.dumps(values, indent=2, sort_keys=True)
+        (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        # transformers asks for the format.
+        save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
 
-    def push_to_hub(  # type: ignore[override]
+    def push_to_hub(
         self,
         repo_id: str,
         *,
@@ -101,6 +144,8 @@ class SavedModel(PreTrainedModel):
     ) -> str:
         """Uploads the model to the Hub, as `push_folder` does, which has the arguments and the
         errors. Returns the address of the commit."""
+        from stage2_prior.hub import push_folder  # not above: it imports huggingface_hub
+
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push_folder(
@@ -108,51 +153,41 @@ class SavedModel(PreTrainedModel):
             )
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, name: str | Path, *arguments: Any, **options: Any
-    ) -> Any:
+    def from_pretrained(
+        cls, name: str | Path, *, subfolder: str = "", **hub: Unpack[HubOptions]
+    ) -> Self:
         """A model from a folder, or by a name of the Hub.
 
-        Missing or unknown weights are refused; transformers' own method would initialise or ignore
-        them. Of a name of the Hub, config.json and the weights are downloaded into its cache, and
-        checked there. Further options are passed on to transformers, but for those that could run
-        code. `Any`, since it returns a pair with `output_loading_info`.
+        Missing or unknown weights are refused. Of a name of the Hub, config.json and the weights
+        are downloaded into its cache, and checked there.
 
         Raises:
             ValueError: a file is missing, truncated, changed since it was saved or another model's,
                 or the weights do not fit the configuration; names the first keys that differ.
         """
-        wanted = {key: options.pop(key) for key in _HUB_OPTIONS if key in options}
-        inside = options.get("subfolder") or ""
+        if unknown := sorted(set(hub) - set(HubOptions.__annotations__)):
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained has no options {unknown}; leave them out, or use "
+                f"{cls.transformers_name}, which has those of transformers"
+            )
+        return cls._read(cls._located(name, subfolder, hub) / subfolder)
+
+    @classmethod
+    def _located(cls, name: str | Path, subfolder: str, hub: HubOptions) -> Path:
+        """The folder that a name is of, downloaded if need be."""
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+        from stage2_prior.hub import model_folder
+
         try:
-            files = [f"{Path(inside) / file}" for file in (_CONFIG, _WEIGHTS)]
-            folder = model_folder(name, files, **wanted)
+            files = [f"{Path(subfolder) / file}" for file in (_CONFIG, _WEIGHTS)]
+            return model_folder(name, files, **hub)
         except FileNotFoundError as error:
             raise ValueError(
                 f"no {cls.noun} can be loaded: {error}; give a folder that holds {_CONFIG} and "
                 f"{_WEIGHTS}, or a Hub name with network access"
             ) from error
-        if not arguments and not options:
-            return cls._read(folder)
-        cls._checked(folder / inside)
-        with_info = options.pop("output_loading_info", False)
-        checked = {
-            "output_loading_info": True,
-            "ignore_mismatched_sizes": True,
-            "use_safetensors": True,
-            "trust_remote_code": False,
-        }
-        try:
-            loaded: Any = super().from_pretrained(folder, *arguments, **(options | checked))
-        except SafetensorError as error:
-            raise ValueError(
-                f"the weights of {name} cannot be read: {error}; the file is truncated or "
-                "corrupted, copy it again"
-            ) from error
-        model, info = loaded
-        mismatched = [entry[0] for entry in info["mismatched_keys"]]
-        _refuse_misfit(name, {*info["missing_keys"], *info["unexpected_keys"], *mismatched})
-        return (model, info) if with_info else model
 
     @classmethod
     def _read(cls, folder: Path) -> Self:
@@ -183,7 +218,7 @@ class SavedModel(PreTrainedModel):
             values = cls._config_values(folder / _CONFIG)
             stored = stored_tensors(folder / _WEIGHTS)
             config = cls.config_class(**values)
-            _refuse_misfit(folder, cls._misfits(config, stored, folder))
+            refuse_misfit(folder, cls._misfits(config, stored, folder))
             weights = load_file(folder / _WEIGHTS)
         except (SafetensorError, TypeError) as error:
             raise ValueError(
@@ -203,7 +238,7 @@ class SavedModel(PreTrainedModel):
         """Names of weights that the configuration does not describe, or otherwise."""
         try:
             cls.check_stored(config, stored)
-            with torch.device("meta"):  # which takes no memory
+            with torch.device("meta"), _NoValues():  # which takes no memory
                 own = cls(config).state_dict()
         except UnsafeFile:
             raise
@@ -261,10 +296,26 @@ def refuse_larger(what: str, described: int, stored: int) -> None:
         )
 
 
-def _refuse_misfit(name: str | Path, differ: set[str]) -> None:
+def refuse_misfit(name: str | Path, differ: set[str]) -> None:
+    """Raises ValueError where a file lacks these keys, or has them alone, or in another shape."""
     if differ:
         shown = [key[:100] for key in sorted(differ)[:3]]
         raise ValueError(
             f"the weights of {name} do not fit its config.json (first keys that differ: {shown}); "
             "copy the folder again"
         )
+
+
+class _NoValues(TorchFunctionMode):
+    """Leaves out random values. On the meta device there are none, and computing their shapes
+    imports torch's compiler, which takes a second."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else given["tensor"]
+        if func is torch.randn:
+            return torch.empty(*args)
+        return func(*args, **given)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stage2_prior.model import ImagePrior
+from stage2_prior.model import PriorModule
 from stage2_prior.order import cosine_step_sizes, kept_first, seeded_orders
 from stage2_prior.sampling import SamplingOptions, guidance_at
 
@@ -39,7 +39,7 @@ class SamplingSchedule:
 
 
 def sampling_schedule(
-    prior: ImagePrior,
+    prior: PriorModule,
     seeds: Sequence[int],
     options: SamplingOptions,
     *,
@@ -64,7 +64,7 @@ def sampling_schedule(
     return SamplingSchedule(orders, step_sizes, scales)
 
 
-def _check_guidance(prior: ImagePrior, options: SamplingOptions) -> None:
+def _check_guidance(prior: PriorModule, options: SamplingOptions) -> None:
     """Raises ValueError where guidance is asked of a prior trained without caption dropout."""
     if options.guidance_scale != 1 and not prior.config.trained_with_caption_dropout:
         raise ValueError(
@@ -81,7 +81,7 @@ def _check_seeds(seeds: Sequence[int]) -> None:
             raise ValueError(f"the seed is {seed}; it must be from -2**63 to 2**63 - 1")
 
 
-def _check_codes(prior: ImagePrior, known: Tensor, codes: Tensor) -> None:
+def _check_codes(prior: PriorModule, known: Tensor, codes: Tensor) -> None:
     """Raises ValueError where the kept codes are not those of an image of this prior."""
     count = prior.stream.image_length
     if codes.is_floating_point() or codes.is_complex() or codes.shape[-1] != count:
@@ -120,7 +120,7 @@ def _count_kept(keep_mask: Tensor | None, codes: Tensor | None, count: int) -> i
 
 
 def _sampling_orders(
-    prior: ImagePrior,
+    prior: PriorModule,
     seeds: Sequence[int],
     keep_mask: Tensor | None,
     orders: Tensor | None,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stage2_prior.model import CodebookTables, ImagePrior
+from stage2_prior.model import CodebookTables, PriorModule
 from stage2_prior.order import seeded_orders
 from stage2_prior.sampling import per_seed_uniforms, sample_from_uniform, warp_logits
 from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask
@@ -22,7 +22,7 @@ NUM_SCORED_ORDERS = 4
 
 @torch.inference_mode()
 def code_log_likelihood(
-    prior: ImagePrior, text_ids: Tensor, codes: Tensor, orders: Tensor | None = None
+    prior: PriorModule, text_ids: Tensor, codes: Tensor, orders: Tensor | None = None
 ) -> Tensor:
     """log p(code | caption, codes before it): (B,N) in nats, by image position.
 
@@ -46,7 +46,7 @@ def code_log_likelihood(
     return log_p if orders is None else torch.empty_like(log_p).scatter_(1, orders, log_p)
 
 
-def score_codes(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -> Tensor:
+def score_codes(prior: PriorModule, text_ids: Tensor, codes: Tensor) -> Tensor:
     """log p(codes | caption) of images whose order is not known: (B,) in nats.
 
     Codes come in raster order. Where the prior was trained on random orders, the score is the mean
@@ -61,7 +61,7 @@ def score_codes(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -> Tensor:
     return score_each_code(prior, text_ids, codes).sum(1)
 
 
-def score_each_code(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -> Tensor:
+def score_each_code(prior: PriorModule, text_ids: Tensor, codes: Tensor) -> Tensor:
     """What each code adds to `score_codes`: (B,N) in nats, by image position; arguments as
     there."""
     if prior.config.trained_order != "random":
@@ -75,7 +75,7 @@ def score_each_code(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -> Tenso
 
 
 @torch.inference_mode()
-def caption_log_likelihood(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -> Tensor:
+def caption_log_likelihood(prior: PriorModule, text_ids: Tensor, codes: Tensor) -> Tensor:
     """log p(caption | codes) of each of the captions (P,T) for one image's codes (N,): (P,) in
     nats. The codes are computed once.
 
@@ -98,7 +98,7 @@ def caption_log_likelihood(prior: ImagePrior, text_ids: Tensor, codes: Tensor) -
 
 @torch.inference_mode()
 def sample_captions(
-    prior: ImagePrior,
+    prior: PriorModule,
     codes: Tensor,
     seeds: Sequence[int],
     *,
@@ -141,7 +141,7 @@ def sample_captions(
 
 
 def _read_codes(
-    prior: ImagePrior, codes: Tensor, rows: int
+    prior: PriorModule, codes: Tensor, rows: int
 ) -> tuple[CodebookTables, KeyValueCache]:
     """A cache for `rows` captions that holds the codes (1 or rows, N), each computed once."""
     if prior.text_encoder or not prior.config.trained_image_first:

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stage2_prior.model import CodebookTables, ImagePrior
+from stage2_prior.model import CodebookTables, PriorModule
 from stage2_prior.sampling import (
     LEAST_TEMPERATURE,
     SamplingOptions,
@@ -94,7 +94,7 @@ class Rows(NamedTuple):
     """(R,N) of what was sampled, given this row's caption, in the codes' order."""
 
     @classmethod
-    def empty(cls, prior: ImagePrior, count: int) -> Rows:
+    def empty(cls, prior: PriorModule, count: int) -> Rows:
         """Rows of no image."""
         stream = prior.stream
         device = prior.device
@@ -136,22 +136,22 @@ class Layout(NamedTuple):
     """(R,) the image of each row."""
 
     @classmethod
-    def empty(cls, prior: ImagePrior, num_rows: int, num_images: int, *, guided: bool) -> Layout:
+    def empty(cls, prior: PriorModule, num_rows: int, num_images: int, *, guided: bool) -> Layout:
         """Every row is one of the first image's."""
         own = torch.zeros(num_images, dtype=torch.long, device=prior.device)
         image = torch.zeros(num_rows, dtype=torch.long, device=prior.device)
         return cls(own, own.clone() if guided else None, image)
 
 
-Advance = Callable[[ImagePrior, CodebookTables, KeyValueCache, Rows, Layout, Filters, int], None]
+Advance = Callable[[PriorModule, CodebookTables, KeyValueCache, Rows, Layout, Filters, int], None]
 """`advance`, or a compiled one."""
-Prefill = Callable[[ImagePrior, CodebookTables, KeyValueCache, Tensor], None]
+Prefill = Callable[[PriorModule, CodebookTables, KeyValueCache, Tensor], None]
 """`prefill`, or a compiled one."""
 
 
 # Seven parameters: the state, what is constant, and what a compiled step is made for.
 def advance(
-    prior: ImagePrior,
+    prior: PriorModule,
     tables: CodebookTables,
     cache: KeyValueCache,
     rows: Rows,
@@ -202,7 +202,7 @@ def advance(
     rows.position.copy_(after[:, 0])
 
 
-def prefill(prior: ImagePrior, tables: CodebookTables, cache: KeyValueCache, ids: Tensor) -> None:
+def prefill(prior: PriorModule, tables: CodebookTables, cache: KeyValueCache, ids: Tensor) -> None:
     """Fills an empty cache with captions (P,S)."""
     positions = torch.arange(ids.shape[1], device=ids.device)
     past = CacheView(cache, positions, attention_mask(positions, positions, cache.capacity))

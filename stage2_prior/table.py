@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stage2_prior.compilation import Steps, StepShape, capture_cuda_graph
-from stage2_prior.model import ImagePrior
+from stage2_prior.model import PriorModule
 from stage2_prior.step import Filters, Layout, Rows, advance
 from stage2_prior.transformer import CacheView, KeyValueCache, attention_mask
 
@@ -33,7 +33,7 @@ class Table:
         steps: what is compiled.
     """
 
-    def __init__(self, prior: ImagePrior, num_rows: int, steps: Steps) -> None:
+    def __init__(self, prior: PriorModule, num_rows: int, steps: Steps) -> None:
         self.prior = prior
         self.steps = steps
         self.rows = Rows.empty(prior, num_rows)

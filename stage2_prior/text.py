@@ -1,9 +1,9 @@
 """Captions <-> text ids. Knows words and the text slots; nothing of codes or networks.
 
 Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) trained on the captions by `tokenizers`,
-kept as a transformers fast tokenizer; or any tokenizer of the Hub by name. BPE dropout (Provilkov
-et al. 2020) is applied here, since the library's takes no seed, and training that resumes from a
-checkpoint would not see the ids that it would have seen.
+in the files of transformers' fast tokenizers; or any tokenizer of the Hub by name. BPE dropout
+(Provilkov et al. 2020) is applied here, since the library's takes no seed, and training that
+resumes from a checkpoint would not see the ids that it would have seen.
 """
 
 from __future__ import annotations
@@ -12,22 +12,28 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stage2_prior.config import refuse
 from stage2_prior.file_checks import UnsafeFile, check_folder, convert, read_json_object
-from stage2_prior.hub import model_folder
 from stage2_prior.text_checks import (
     CONFIG_FILE,
     TOKENIZER_FILE,
@@ -37,6 +43,9 @@ from stage2_prior.text_checks import (
     check_pretrained,
     load_tokenizer,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CAPTIONS_TO_LEARN = 100_000
 """A tokenizer is trained on no more captions than this; further ones hardly change its merges."""
@@ -54,6 +63,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 PAD = "<pad>"
 START = "<start>"
 END = "<end>"
+_ROLES = {"pad": PAD, "bos": START, "eos": END}
 
 
 @dataclass(kw_only=True)
@@ -108,20 +118,51 @@ class TextConfig:
 
 
 class TextTokenizer:
-    """Captions to ids of one length and back. `fast` is the transformers tokenizer inside."""
+    """Captions to ids of one length and back.
 
-    def __init__(self, fast: PreTrainedTokenizerFast, length: int) -> None:
-        self.fast = fast
+    Args:
+        inside: the tokenizer of `tokenizers`; it gets the tokens that it lacks.
+        roles: what its tokens are for, as `PreTrainedTokenizerFast` takes it: `pad_token`,
+            `bos_token`, `eos_token` and others.
+        length: text slots.
+    """
+
+    def __init__(self, inside: Tokenizer, roles: Mapping[str, Any], length: int) -> None:
+        self.inside = inside
         self.length = length
-        for role, token in (("pad", PAD), ("bos", START), ("eos", END)):
-            if getattr(fast, f"{role}_token_id") is None:
-                fast.add_special_tokens({f"{role}_token": token})
-        if len({fast.pad_token_id, fast.bos_token_id, fast.eos_token_id}) < 3:
+        given = {f"{role}_token": token for role, token in _ROLES.items()}
+        self.roles = given | {role: value for role, value in roles.items() if value is not None}
+        if len({self.roles[role] for role in given}) < 3:
             # Many Hub tokenizers pad with the end token; the stream must tell them apart.
-            fast.add_special_tokens({"pad_token": PAD, "bos_token": START, "eos_token": END})
-        self.pad_id: int = fast.pad_token_id
-        self.start_id: int = fast.bos_token_id
-        self.end_id: int = fast.eos_token_id
+            self.roles |= given
+        known = {token.content for token in inside.get_added_tokens_decoder().values()}
+        tokens = [token for role, token in self.roles.items() if role.endswith("_token")]
+        inside.add_special_tokens(
+            [AddedToken(token, special=True) for token in tokens if token not in known]
+        )
+        # A caption that spells "<end>" means these five letters and not the token.
+        inside.encode_special_tokens = True
+        ids = inside.get_vocab(with_added_tokens=True)
+        self.pad_id, self.start_id, self.end_id = (ids[self.roles[role]] for role in given)
+
+    @classmethod
+    def from_fast(cls, fast: PreTrainedTokenizerFast, length: int) -> TextTokenizer:
+        """The same for a fast tokenizer of transformers."""
+        names = ("pad_token", "bos_token", "eos_token", "unk_token")
+        roles = {name: getattr(fast, name) for name in (*names, "clean_up_tokenization_spaces")}
+        return cls(fast.backend_tokenizer, roles, length)
+
+    @cached_property
+    def fast(self) -> PreTrainedTokenizerFast:
+        """As a tokenizer of transformers."""
+        # Here, since the import takes seconds, and drawing needs none of it
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(tokenizer_object=self.inside, **self.roles)
+
+    def with_length(self, length: int) -> TextTokenizer:
+        """The same with another number of text slots."""
+        return TextTokenizer(self.inside, self.roles, length)
 
     @classmethod
     def from_config(cls, config: TextConfig, captions: Iterable[str]) -> TextTokenizer:
@@ -147,15 +188,16 @@ class TextTokenizer:
             show_progress=False,
         )
         bpe.train_from_iterator(captions, trainer)
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=bpe, pad_token=PAD, bos_token=START, eos_token=END
-        )
-        return cls(fast, length)
+        return cls(bpe, {}, length)
 
     @classmethod
     def pretrained(cls, name: str, *, length: int) -> TextTokenizer:
         """A fast tokenizer by Hub name or folder, of the kinds that `text_checks` accepts. No code
         of the folder, or of the Hub, is run."""
+        from transformers import AutoTokenizer
+
+        from stage2_prior.hub import model_folder
+
         try:
             folder = model_folder(name, list(_TOKENIZER_FILES))
             check_pretrained(folder)
@@ -164,8 +206,9 @@ class TextTokenizer:
             )
             # What a bundle could not hold is refused now, not after the training.
             build_tokenizer(json.loads(fast.backend_tokenizer.to_str()), name)
-            check_encodes(fast, name)
-            return cls(fast, length)
+            check_encodes(fast.backend_tokenizer, name)
+            fast("a")  # fails where another of its files is damaged
+            return cls.from_fast(fast, length)
         except UnsafeFile:
             raise
         except Exception as error:  # transformers raises all kinds for damaged files
@@ -177,7 +220,7 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return len(self.fast)
+        return self.inside.get_vocab_size(with_added_tokens=True)
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Slots each caption needs, start and end token included."""
@@ -233,7 +276,7 @@ class TextTokenizer:
         Raises:
             ValueError: the tokenizer is no byte-level BPE.
         """
-        inside = self.fast.backend_tokenizer
+        inside = self.inside
         caption = caption.strip()
         if inside.pre_tokenizer is None:
             raise ValueError(
@@ -261,8 +304,8 @@ class TextTokenizer:
     @cached_property
     def _merges(self) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
         """The vocabulary by id, and the rank of each pair that is merged, the first first."""
-        model = json.loads(self.fast.backend_tokenizer.to_str())["model"]
-        if model["type"] != "BPE" or self.fast.backend_tokenizer.pre_tokenizer is None:
+        model = json.loads(self.inside.to_str())["model"]
+        if model["type"] != "BPE" or self.inside.pre_tokenizer is None:
             raise ValueError(
                 "text.bpe_dropout, or text.num_new_tokens, needs a byte-level BPE tokenizer, and "
                 f"this one is {model['type']}; set both "
@@ -291,7 +334,7 @@ class TextTokenizer:
         # what is decoded ("xylophone s"). BPE dropout never splits it, and it keeps this method
         # from extending the vocabulary a second time.
         old, ranks = self._merges
-        if len(old) != len(self.fast):
+        if len(old) != self.vocab_size:
             raise ValueError(
                 "text.num_new_tokens needs a byte-level BPE tokenizer that was trained here, and "
                 "this one has other tokens, too; set it to 0"
@@ -319,23 +362,17 @@ class TextTokenizer:
             spelled.setdefault(joined, spelled[best[0]] + spelled[best[1]])
             for pieces in split.values():
                 _merge(pieces, best)
-        inside = json.loads(self.fast.backend_tokenizer.to_str())
+        inside = json.loads(self.inside.to_str())
         inside["model"] |= {"vocab": vocabulary, "merges": [list(pair) for pair in merges]}
-        roles = {
-            f"{role}_token": getattr(self.fast, f"{role}_token") for role in ("pad", "bos", "eos")
-        }
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(json.dumps(inside)), **roles
-        )
-        return TextTokenizer(fast, self.length), [
-            spelled[piece] for piece in list(vocabulary)[len(old) :]
-        ]
+        larger = TextTokenizer(Tokenizer.from_str(json.dumps(inside)), self.roles, self.length)
+        return larger, [spelled[piece] for piece in list(vocabulary)[len(old) :]]
 
     def decode(self, ids: Tensor) -> list[str]:
         """(B,T) -> captions, special tokens left out."""
-        return [
-            text.strip() for text in self.fast.batch_decode(ids.tolist(), skip_special_tokens=True)
-        ]
+        # Cleaning the spaces of other tokenizers is transformers' own.
+        cleans = self.roles.get("clean_up_tokenization_spaces")
+        decode = self.fast.batch_decode if cleans else self.inside.decode_batch
+        return [text.strip() for text in decode(ids.tolist(), skip_special_tokens=True)]
 
     def token_ids(self, captions: Sequence[str]) -> list[list[int]]:
         """The tokens of each caption, without start and end.
@@ -349,15 +386,10 @@ class TextTokenizer:
                 raise ValueError(
                     f"the caption {text[:80]!a} is not UTF-8; give it in that encoding"
                 )
-        # A caption that spells "<end>" means these five letters and not the token.
-        return (
-            self.fast(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            if texts
-            else []
-        )
+        return [row.ids for row in self.inside.encode_batch(texts, add_special_tokens=False)]
 
     def save(self, folder: str | Path) -> None:
-        """Writes the transformers tokenizer, its text length and its hash into a folder."""
+        """Writes the tokenizer as transformers does, its text length and its hash into a folder."""
         self.fast.save_pretrained(folder)
         described = {"length": self.length, "sha256": _hash_of(Path(folder))}
         (Path(folder) / "text.json").write_text(json.dumps(described) + "\n")
@@ -374,7 +406,7 @@ class TextTokenizer:
             length = convert(described["length"], int, f"{path}: length")
             if not 3 <= length <= _MAX_LENGTH:
                 raise ValueError(f"its length is {length}, and is from 3 to {_MAX_LENGTH}")
-            fast = load_tokenizer(folder)
+            inside, roles = load_tokenizer(folder)
             if described.get("sha256") not in (None, _hash_of(folder)):
                 raise ValueError("its files were changed or damaged since they were saved")
         except UnsafeFile:
@@ -388,7 +420,7 @@ class TextTokenizer:
             raise ValueError(
                 f"{folder} is not a whole text tokenizer ({error}); copy the bundle again"
             ) from error
-        return cls(fast, length)
+        return cls(inside, roles, length)
 
 
 def _hash_of(folder: Path) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from stage2_prior.file_checks import check_library_folder, read_json_object
 
@@ -69,9 +68,9 @@ class UnsupportedTokenizer(ValueError):
     """A tokenizer of a kind that is not accepted."""
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that transformers saved in a folder, by one fixed class: no code of the folder
-    is looked for.
+def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer that transformers saved in a folder, and what its tokens are for, as
+    `PreTrainedTokenizerFast` takes it. No code of the folder is looked for.
 
     Raises:
         OSError: a file is missing.
@@ -95,12 +94,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     cleans = config.get("clean_up_tokenization_spaces")
     if isinstance(cleans, bool):
         roles["clean_up_tokenization_spaces"] = cleans
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
-    check_encodes(fast, path)
-    return fast
+    check_encodes(tokenizer, path)
+    return tokenizer, roles
 
 
-def check_encodes(fast: PreTrainedTokenizerFast, where: str | Path) -> None:
+def check_encodes(tokenizer: Tokenizer, where: str | Path) -> None:
     """Encodes a text with rare letters, which shows what is left to be wrong.
 
     Args:
@@ -110,7 +108,7 @@ def check_encodes(fast: PreTrainedTokenizerFast, where: str | Path) -> None:
         UnsupportedTokenizer: it cannot be encoded.
     """
     try:
-        fast(["a \u2603Z"], add_special_tokens=False, split_special_tokens=True)
+        tokenizer.encode_batch(["a \u2603Z"], add_special_tokens=False)
     except Exception as error:  # the library has no narrower class
         raise UnsupportedTokenizer(
             f"{where} cannot encode every text ({' '.join(str(error).split())[:200]}); use another "

@@ -114,7 +114,7 @@ class KeyValueCache:
         self.values = values
         self.capacity = keys[0].shape[2]
         self.filled = 0
-        """Positions that hold a token, counted by `ImagePrior.forward`, which fills them in
+        """Positions that hold a token, counted by `PriorModule.forward`, which fills them in
         order."""
 
     @classmethod

@@ -118,6 +118,20 @@ def test_generate_imports_no_readers_of_data_and_no_trackers():
     assert done.stdout.strip() == "[]"
 
 
+def test_an_image_of_the_package_is_drawn_without_transformers_and_the_compiler(tmp_path):
+    """Each of these takes a quarter of a second to three seconds to import."""
+    unneeded = ("transformers", "huggingface_hub", "torch._dynamo", "sympy", "datasets")
+    code = (
+        "import sys; from pipeline.cli import main; "
+        f"main(['generate', 'a red heart', '--num-images', '1', '--out', {str(tmp_path)!r}]); "
+        f"print([m for m in {unneeded} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1] == "[]" and (tmp_path / "samples.jsonl").exists()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_stages_do_not_know_each_other_or_the_pipeline(path):
     package = path.relative_to(ROOT).parts[0]

@@ -29,8 +29,10 @@ ALLOWED = {
     "pipeline/inference/base.py:push_to_hub": "a temporary folder, which is uploaded",
     "stage1_tokenizer/saving.py:push_to_hub": "a temporary folder, which is uploaded",
     "stage2_prior/saving.py:push_to_hub": "a temporary folder, which is uploaded",
-    "stage1_tokenizer/saving.py:save_pretrained": "as transformers: into a folder of the caller",
-    "stage2_prior/saving.py:save_pretrained": "as transformers: into a folder of the caller",
+    "stage1_tokenizer/saving.py:save_pretrained": "into a folder of the caller",
+    "stage1_tokenizer/transformers_saving.py:save_pretrained": "into a folder of the caller",
+    "stage2_prior/saving.py:save_pretrained": "into a folder of the caller",
+    "stage2_prior/transformers_saving.py:save_pretrained": "into a folder of the caller",
     "stage2_prior/text.py:save": "into a folder of the caller, as save_pretrained of models",
 }
 """By file and function: why a call that looks like a write is none, or writes whole files."""

@@ -97,9 +97,9 @@ def _experiment_of_files(
     from pipeline.config.load import load_values
     from pipeline.runtime.run_paths import existing_tokenizer
     from pipeline.stages.encode import without_augmentation
-    from stage1_tokenizer import ImageTokenizer
+    from stage1_tokenizer import TokenizerModule
 
-    model = ImageTokenizer.from_pretrained(existing_tokenizer(tokenizer))
+    model = TokenizerModule.from_pretrained(existing_tokenizer(tokenizer))
     model.require_codes("`minidalle encode`")
     config = to_dict(model.own_config)
     data = {

@@ -24,7 +24,7 @@ from pipeline.runtime.html_page import data_uri, render
 from pipeline.runtime.image_grid import bars, make_grid
 from stage1_tokenizer import (
     CodebookStatistics,
-    ImageTokenizer,
+    TokenizerModule,
     codebook_statistics,
     count_codes,
     distinct_codes,
@@ -90,7 +90,7 @@ def codebook_page(
             tokenizer's quantizer has no Gumbel images.
         FileExistsError: there is something else in `out` already.
     """
-    model = ImageTokenizer.from_pretrained(tokenizer)
+    model = TokenizerModule.from_pretrained(tokenizer)
     model.require_codes("`minidalle codebook`")
     if mode != "naive":
         check_gumbel(model)
@@ -145,7 +145,7 @@ def codebook_page(
 
 
 def _level_views(
-    model: ImageTokenizer,
+    model: TokenizerModule,
     images: np.ndarray,
     codes: Tensor,
     counts: Tensor,
@@ -193,7 +193,7 @@ def _level_views(
 
 
 def _whole_images(
-    model: ImageTokenizer,
+    model: TokenizerModule,
     codes: Tensor,
     common: Tensor,
     grid: tuple[int, int],

@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.inference.scoring import score_codes_batched
-from stage1_tokenizer import GaussianPosterior, ImageTokenizer, to_model_range
+from stage1_tokenizer import GaussianPosterior, TokenizerModule, to_model_range
 from stage1_tokenizer.quantizers.binary import BinaryQuantizer
 from stage1_tokenizer.quantizers.bits import pack, unpack
 from stage1_tokenizer.quantizers.gaussian import GaussianQuantizer
-from stage2_prior import ImagePrior, LatentPriorModel
+from stage2_prior import LatentPriorModule, PriorModule
 from stage2_prior.flows.base import standard_normal_log_prob
 from stage2_prior.sampling import sample_from_uniform
 
@@ -131,7 +131,7 @@ class PointPosteriors:
         return torch.where(same, 0.0, -math.inf).double()
 
 
-def posteriors_of(tokenizer: ImageTokenizer, pixels: Tensor) -> Posteriors:
+def posteriors_of(tokenizer: TokenizerModule, pixels: Tensor) -> Posteriors:
     """The posteriors of pixels (B,C,H,W) in [-1,1]."""
     quantizer = tokenizer.quantizer
     if isinstance(quantizer, GaussianQuantizer):
@@ -144,7 +144,7 @@ def posteriors_of(tokenizer: ImageTokenizer, pixels: Tensor) -> Posteriors:
     return CategoricalPosteriors(log_q.flatten(1, 2))
 
 
-def is_stochastic(tokenizer: ImageTokenizer) -> bool:
+def is_stochastic(tokenizer: TokenizerModule) -> bool:
     """Whether an image's latents are a distribution. A single point has I = log n, whatever the
     model is."""
     return tokenizer.quantizer.relaxed
@@ -202,7 +202,7 @@ def elbo_parts(log_likelihood: Tensor, at: Densities, log_prior: Tensor) -> Elbo
 
 @torch.no_grad()
 def surgery(
-    tokenizer: ImageTokenizer, images: Tensor, priors: Mapping[str, LogPrior], seed: int = 0
+    tokenizer: TokenizerModule, images: Tensor, priors: Mapping[str, LogPrior], seed: int = 0
 ) -> dict[str, ElboParts]:
     """The ELBO's parts under each prior, all at the same samples.
 
@@ -234,7 +234,7 @@ def surgery(
     }
 
 
-def fixed_prior(tokenizer: ImageTokenizer) -> LogPrior:
+def fixed_prior(tokenizer: TokenizerModule) -> LogPrior:
     """The prior that stage 1 is trained with: N(0, I), or uniform over codes."""
     if not tokenizer.own_config.has_codes:
         return lambda latents: standard_normal_log_prob(latents.double())
@@ -242,10 +242,10 @@ def fixed_prior(tokenizer: ImageTokenizer) -> LogPrior:
     return lambda latents: torch.full((len(latents),), -nats, dtype=torch.float64)
 
 
-def learned_prior(prior: ImagePrior | LatentPriorModel, text_ids: Tensor) -> LogPrior:
+def learned_prior(prior: PriorModule | LatentPriorModule, text_ids: Tensor) -> LogPrior:
     """log p(z | caption) by stage 2, for captions (n,T), which an unconditional prior ignores. Of
-    an `ImagePrior` that was trained on random orders it is the lower bound of `score_codes`."""
-    if isinstance(prior, ImagePrior):
+    an `PriorModule` that was trained on random orders it is the lower bound of `score_codes`."""
+    if isinstance(prior, PriorModule):
         return lambda codes: score_codes_batched(prior, text_ids, codes, BATCH)
     if not prior.context_features:
         return prior.log_prob
@@ -253,8 +253,8 @@ def learned_prior(prior: ImagePrior | LatentPriorModel, text_ids: Tensor) -> Log
 
 
 def surgery_metrics(
-    tokenizer: ImageTokenizer,
-    prior: ImagePrior | LatentPriorModel,
+    tokenizer: TokenizerModule,
+    prior: PriorModule | LatentPriorModule,
     images: Tensor,
     text_ids: Tensor,
     no_caption: Tensor,
@@ -276,7 +276,7 @@ def surgery_metrics(
     if not is_stochastic(tokenizer) or not tokenizer.likelihood.covers(values):
         return {}
     priors = {"marginal_kl_fixed_prior": fixed_prior(tokenizer)}
-    is_conditional = isinstance(prior, ImagePrior) or prior.context_features > 0
+    is_conditional = isinstance(prior, PriorModule) or prior.context_features > 0
     if not is_conditional or prior.config.trained_with_caption_dropout:
         priors["marginal_kl"] = learned_prior(prior, no_caption.expand(len(images), -1))
     if is_conditional:
@@ -290,7 +290,7 @@ def surgery_metrics(
     return shared | {name: of_prior.marginal_kl for name, of_prior in parts.items()}
 
 
-def _parameters(tokenizer: ImageTokenizer, latents: Tensor) -> Tensor:
+def _parameters(tokenizer: TokenizerModule, latents: Tensor) -> Tensor:
     """The likelihood's parameters (B,P,H,W) of latents or codes (B,M)."""
     if not tokenizer.own_config.has_codes:
         return tokenizer.latent_parameters(latents)

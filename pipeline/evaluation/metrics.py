@@ -16,7 +16,7 @@ from pipeline.inference.base import BasePipeline
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.devices import uses_bf16
 from stage1_tokenizer import (
-    ImageTokenizer,
+    TokenizerModule,
     count_codes,
     distinct_codes,
     reencoding_metrics,
@@ -46,7 +46,7 @@ class Reconstructions:
     fraction of codes unchanged by encoding again, directly and after JPEG."""
 
 
-def check_channels(what: str, tokenizer: ImageTokenizer, channels: int) -> None:
+def check_channels(what: str, tokenizer: TokenizerModule, channels: int) -> None:
     """Raises ValueError where images have other channels than a tokenizer."""
     needed = tokenizer.own_config.channels
     if channels != needed:

@@ -15,9 +15,9 @@ from torch import Tensor
 from pipeline.inference.bundle import Bundle, write_bundle
 from pipeline.inference.hub import push_bundle
 from pipeline.inference.known_prompts import KnownPrompts
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from stage1_tokenizer.caller import warn_user
-from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextTokenizer
+from stage2_prior import LatentPriorModule, PriorModule, SamplingOptions, TextTokenizer
 
 
 def image_seed(seed: int, number: int) -> int:
@@ -46,8 +46,8 @@ class BasePipeline:
 
     def __init__(
         self,
-        tokenizer: ImageTokenizer,
-        prior: ImagePrior | LatentPriorModel,
+        tokenizer: TokenizerModule,
+        prior: PriorModule | LatentPriorModule,
         text: TextTokenizer,
         defaults: SamplingOptions | None = None,
         trained_on: dict[str, Any] | None = None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.runtime.devices import USABLE_MEMORY_FRACTION, free_memory, is_out_of_memory
 from pipeline.runtime.threads import free_threads
 from stage1_tokenizer.caller import warn_user
-from stage2_prior import ImagePrior, Samples, SamplingOptions, joined_samples, sample
+from stage2_prior import PriorModule, Samples, SamplingOptions, joined_samples, sample
 
 Compile = Literal["auto", "on", "off"]
 
@@ -24,7 +24,7 @@ COMPILED_TIME_FRACTION = 0.5
 """Time of a compiled step as a fraction of a plain one's."""
 
 
-def bytes_per_image(prior: ImagePrior, options: SamplingOptions) -> int:
+def bytes_per_image(prior: PriorModule, options: SamplingOptions) -> int:
     """Memory that sampling one image takes, weights aside: its cache, the activations of its
     caption, and the logits of a step."""
     config = prior.model_config
@@ -57,7 +57,7 @@ def even_batches(count: int, largest: int) -> list[slice]:
 
 
 def sample_codes_batched(
-    prior: ImagePrior,
+    prior: PriorModule,
     text_ids: Tensor,
     seeds: Sequence[int],
     options: SamplingOptions,
@@ -127,7 +127,7 @@ def checked_compile(compile: Compile, device: torch.device) -> Compile:
     return "off"
 
 
-def fitting_batch(prior: ImagePrior, options: SamplingOptions, wanted: int) -> int:
+def fitting_batch(prior: PriorModule, options: SamplingOptions, wanted: int) -> int:
     """As many images as are wanted, or fewer, by the estimate of their memory; warns then.
 
     Raises:
@@ -144,7 +144,7 @@ def fitting_batch(prior: ImagePrior, options: SamplingOptions, wanted: int) -> i
     return min(fitting, wanted)
 
 
-def _smaller_batch(prior: ImagePrior, failed: int) -> int:
+def _smaller_batch(prior: PriorModule, failed: int) -> int:
     """Half of a batch that ran out of memory."""
     if failed == 1:
         raise _too_large(prior)
@@ -154,7 +154,7 @@ def _smaller_batch(prior: ImagePrior, failed: int) -> int:
     return failed // 2
 
 
-def _too_large(prior: ImagePrior) -> MemoryError:
+def _too_large(prior: PriorModule) -> MemoryError:
     return MemoryError(
         f"one image of {prior.stream.image_length} codes does not fit the memory of "
         f"{prior.device}; close other programs, use a smaller prior, or sample without guidance"

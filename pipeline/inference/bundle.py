@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config.json_file import read_json
 from pipeline.inference.known_prompts import FILE as PROMPTS_FILE
@@ -19,23 +19,22 @@ from pipeline.inference.known_prompts import KnownPrompts, as_json, read_known_p
 from pipeline.inference.model_card import FILE as CARD
 from pipeline.inference.model_card import model_card, with_metrics
 from pipeline.runtime.atomic_io import atomic_write_dir, atomic_write_text, sha256_of
-from pipeline.runtime.log import hidden_progress_bars
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from stage1_tokenizer.file_checks import build_config, check_file, check_folder, check_part
 from stage1_tokenizer.quantizers import GaussianQuantizer
-from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextTokenizer, VampPrior
+from stage2_prior import LatentPriorModule, PriorModule, SamplingOptions, TextTokenizer, VampPrior
 from stage2_prior.text_checks import MAX_TOKENIZER_BYTES
 
 FORMAT = 1
-_Model = TypeVar("_Model", ImageTokenizer, ImagePrior | LatentPriorModel)
-_LATENT = LatentPriorModel.config_class.model_type
+_Model = TypeVar("_Model", TokenizerModule, PriorModule | LatentPriorModule)
+_LATENT = LatentPriorModule.config_class.model_type
 
 
 class Bundle(NamedTuple):
     """What a bundle holds."""
 
-    tokenizer: ImageTokenizer
-    prior: ImagePrior | LatentPriorModel
+    tokenizer: TokenizerModule
+    prior: PriorModule | LatentPriorModule
     text: TextTokenizer
     defaults: SamplingOptions
     trained_on: dict[str, Any]
@@ -58,9 +57,8 @@ def write_bundle(folder: Path, bundle: Bundle, dtype: Literal["fp32", "bf16"] = 
         bundle = bundle._replace(tokenizer=rounded(bundle.tokenizer), prior=rounded(bundle.prior))
 
     def write(beside: Path) -> None:
-        with hidden_progress_bars():
-            bundle.tokenizer.save_pretrained(beside / "tokenizer")
-            bundle.prior.save_pretrained(beside / "prior")
+        bundle.tokenizer.save_pretrained(beside / "tokenizer")
+        bundle.prior.save_pretrained(beside / "prior")
         bundle.text.save(beside / "text_tokenizer")
         if bundle.known_prompts:
             prompts = as_json(bundle.known_prompts)
@@ -98,10 +96,14 @@ def _card(bundle: Bundle, description: Mapping[str, Any]) -> str:
         "width": tokenizer.size[1],
         "quantizer": tokenizer.own_config.quantizer,
         "codes": [(level.grid, level.num_codes) for level in tokenizer.layout],
-        "tokenizer_parameters": tokenizer.num_parameters(),
-        "prior_parameters": bundle.prior.num_parameters(),
+        "tokenizer_parameters": _count(tokenizer),
+        "prior_parameters": _count(bundle.prior),
     }
     return model_card(description, bundle.known_prompts, parts)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -118,7 +120,7 @@ def read_bundle(folder: Path) -> Bundle:
         if not (folder / part).is_dir():
             raise ValueError(f"the bundle {folder} has no {part}/; copy the bundle again")
         check_part(folder, part)
-    tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer").eval()
+    tokenizer = TokenizerModule.from_pretrained(folder / "tokenizer").eval()
     prior = _read_prior(folder / "prior")
     fingerprints = {
         "tokenizer": tokenizer.fingerprint,
@@ -132,7 +134,7 @@ def read_bundle(folder: Path) -> Bundle:
                 f"{folder}/{part} has fingerprint {fingerprint} and pipeline.json expects "
                 f"{expected}; that part comes from another bundle, copy the bundle again"
             )
-    if isinstance(prior, LatentPriorModel):
+    if isinstance(prior, LatentPriorModule):
         attach_encoder(prior, tokenizer)
     return Bundle(
         tokenizer,
@@ -158,7 +160,7 @@ def add_metrics(folder: Path, evaluation: Path) -> None:
         atomic_write_text(folder / CARD, with_metrics(card, metrics))
 
 
-def attach_encoder(prior: LatentPriorModel, tokenizer: ImageTokenizer) -> None:
+def attach_encoder(prior: LatentPriorModule, tokenizer: TokenizerModule) -> None:
     """Gives a VampPrior the encoder of its tokenizer, which is not saved with it; no other kind
     needs one."""
     vamp = prior.prior
@@ -173,14 +175,14 @@ def attach_encoder(prior: LatentPriorModel, tokenizer: ImageTokenizer) -> None:
         vamp.attach(posterior)
 
 
-def _read_prior(folder: Path) -> ImagePrior | LatentPriorModel:
+def _read_prior(folder: Path) -> PriorModule | LatentPriorModule:
     """A prior of the kind that its config.json names."""
     config = folder / "config.json"
     latent = config.exists() and (
         read_json(config, "copy the bundle again").get("model_type") == _LATENT
     )
-    prior: ImagePrior | LatentPriorModel = (
-        LatentPriorModel if latent else ImagePrior
+    prior: PriorModule | LatentPriorModule = (
+        LatentPriorModule if latent else PriorModule
     ).from_pretrained(folder)
     return prior
 

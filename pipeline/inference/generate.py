@@ -253,7 +253,7 @@ def reconstruct(
     """
     from pipeline.data.readers.images import open_image
     from stage1_tokenizer import (
-        ImageTokenizer,
+        TokenizerModule,
         resize_and_crop,
         to_channels,
         to_model_range,
@@ -263,7 +263,7 @@ def reconstruct(
     check_folder(out, "images")
     names = [f"{number:05d}-{short_stem(file)}.png" for number, file in enumerate(files)]
     _refuse_overwriting(out, [*names, "grid.png"], files)
-    model = ImageTokenizer.from_pretrained(existing_tokenizer(tokenizer)).eval()
+    model = TokenizerModule.from_pretrained(existing_tokenizer(tokenizer)).eval()
     channels = model.own_config.channels
     true = []
     for file in files:

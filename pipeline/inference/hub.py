@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pipeline.config.shipped_bundles import bundle_folder
 from pipeline.inference.bundle import Bundle, read_bundle
-from stage1_tokenizer.hub import may_be_on_hub, model_folder, push_folder
 
 _FILES = [
     "pipeline.json",
@@ -29,8 +28,11 @@ def find_bundle(
     Raises:
         FileNotFoundError: there is no such folder, and no such repository can be had.
     """
-    if isinstance(name, str) and "/" in name and may_be_on_hub(name):
-        return model_folder(name, _FILES, revision=revision, token=token)
+    if isinstance(name, str) and "/" in name:
+        from stage1_tokenizer.hub import may_be_on_hub, model_folder  # imports huggingface_hub
+
+        if may_be_on_hub(name):
+            return model_folder(name, _FILES, revision=revision, token=token)
     return bundle_folder(name).expanduser()
 
 
@@ -70,5 +72,7 @@ def push_bundle(
     Raises:
         FileNotFoundError, ValueError: what `read_bundle` raises.
     """
+    from stage1_tokenizer.hub import push_folder
+
     read_bundle(folder)
     return push_folder(folder, name, private=private, revision=revision, token=token)

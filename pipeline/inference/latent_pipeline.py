@@ -18,10 +18,10 @@ from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import TextToImageOutput
 from pipeline.runtime.threads import free_threads
-from stage1_tokenizer import ImageTokenizer, to_uint8
+from stage1_tokenizer import TokenizerModule, to_uint8
 from stage1_tokenizer.caller import warn_user
 from stage1_tokenizer.pixels import to_pil
-from stage2_prior import LatentPriorModel, SamplingOptions, TextTokenizer
+from stage2_prior import LatentPriorModule, SamplingOptions, TextTokenizer
 from stage2_prior.sampling import per_seed_normals
 
 _OFF: dict[str, tuple[object, ...]] = {
@@ -59,12 +59,12 @@ class LatentPipeline(LikelihoodMixin, BasePipeline):
         ValueError: there are codes, or the prior is one of other latents, or of another vocabulary.
     """
 
-    prior: LatentPriorModel
+    prior: LatentPriorModule
 
     def __init__(
         self,
-        tokenizer: ImageTokenizer,
-        prior: LatentPriorModel,
+        tokenizer: TokenizerModule,
+        prior: LatentPriorModule,
         text: TextTokenizer,
         defaults: SamplingOptions | None = None,
         trained_on: dict[str, Any] | None = None,

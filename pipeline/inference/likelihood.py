@@ -13,9 +13,9 @@ from pipeline.inference.scoring import checked_pairs
 from pipeline.likelihood.estimate import ImageLikelihood, Method, image_likelihood
 from pipeline.likelihood.model import CodeModel, LatentModel, image_model
 from pipeline.likelihood.surprise import Surprise, surprise
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from stage1_tokenizer.pixels import from_pil
-from stage2_prior import ImagePrior, LatentPriorModel, TextTokenizer
+from stage2_prior import LatentPriorModule, PriorModule, TextTokenizer
 
 _EXACT_MODES = ("RGB", "L", "P", "1")
 """Modes whose pixels have one value in RGB, unless some are transparent."""
@@ -26,12 +26,12 @@ _EXACT_WITH_ALPHA = (*_EXACT_MODES, "RGBA", "LA")
 class HasStages(Protocol):
     """A pipeline."""
 
-    tokenizer: ImageTokenizer
+    tokenizer: TokenizerModule
     text: TextTokenizer
     trained_on: dict[str, Any]
 
     @property
-    def prior(self) -> ImagePrior | LatentPriorModel: ...
+    def prior(self) -> PriorModule | LatentPriorModule: ...
 
     def text_ids(self, prompts: Sequence[str], truncate: bool) -> Tensor: ...
 
@@ -104,7 +104,7 @@ def model_of(pipe: HasStages) -> CodeModel | LatentModel:
 
 def text_ids_of(pipe: HasStages, prompts: Sequence[str], truncate: bool) -> Tensor:
     """Text ids (B,T). A prior that takes no caption takes any."""
-    if isinstance(pipe.prior, ImagePrior) or pipe.prior.context_features:
+    if isinstance(pipe.prior, PriorModule) or pipe.prior.context_features:
         return pipe.text_ids(prompts, truncate)
     return pipe.text.encode(prompts, truncate=True)
 

@@ -24,10 +24,10 @@ from pipeline.inference.planning import PlanningPipeline, SamplingValue
 from pipeline.inference.reranking import Judge, JudgeName, best_rows, consensus_scores, highest
 from pipeline.inference.scoring import checked_pairs, score_codes_batched
 from pipeline.runtime.threads import free_threads
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from stage2_prior import (
-    ImagePrior,
-    LatentPriorModel,
+    LatentPriorModule,
+    PriorModule,
     SamplingOptions,
     TextTokenizer,
     caption_log_likelihood,
@@ -55,8 +55,8 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
 
     def __init__(
         self,
-        tokenizer: ImageTokenizer,
-        prior: ImagePrior,
+        tokenizer: TokenizerModule,
+        prior: PriorModule,
         text: TextTokenizer,
         defaults: SamplingOptions | None = None,
         trained_on: dict[str, Any] | None = None,
@@ -382,5 +382,5 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
                 bundle's; names it.
         """
         bundle = load_bundle(name, revision=revision, token=token)
-        kind: Any = LatentPipeline if isinstance(bundle.prior, LatentPriorModel) else cls
+        kind: Any = LatentPipeline if isinstance(bundle.prior, LatentPriorModule) else cls
         return kind(*bundle)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pipeline.inference.batching import Compile, sample_codes_batched
-from stage2_prior import ImagePrior, SampleRequest, Samples, SamplingOptions, sampling_schedule
+from stage2_prior import PriorModule, SampleRequest, Samples, SamplingOptions, sampling_schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +31,12 @@ class SamplingPlan:
             return count
         return count - int(self.known.expand(len(self.seeds), length).sum())
 
-    def check(self, prior: ImagePrior) -> None:
+    def check(self, prior: PriorModule) -> None:
         """Raises ValueError, as `sample` does, where the prior cannot sample this."""
         sampling_schedule(prior, self.seeds, self.options, known=self.known, codes=self.codes)
 
     def sample(
-        self, prior: ImagePrior, *, batch_size: int = 64, compile: Compile = "auto"
+        self, prior: PriorModule, *, batch_size: int = 64, compile: Compile = "auto"
     ) -> Samples:
         """Samples all images now; see `sample_codes_batched`."""
         return sample_codes_batched(

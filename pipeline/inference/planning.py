@@ -22,7 +22,7 @@ from pipeline.inference.editing import (
 from pipeline.inference.output import TextToImageOutput
 from pipeline.inference.plan import SamplingPlan
 from pipeline.runtime.threads import free_threads
-from stage2_prior import ImagePrior, Samples, SamplingOptions
+from stage2_prior import PriorModule, Samples, SamplingOptions
 
 SamplingValue = float | tuple[float, float] | None
 """A field of `SamplingOptions`; None takes the bundle's default."""
@@ -31,7 +31,7 @@ SamplingValue = float | tuple[float, float] | None
 class PlanningPipeline(BasePipeline):
     """What `TextToImagePipeline` does before and after it samples."""
 
-    prior: ImagePrior
+    prior: PriorModule
 
     def plan(
         self,

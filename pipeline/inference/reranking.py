@@ -15,7 +15,7 @@ from pipeline.runtime.threads import free_threads
 from stage1_tokenizer.file_checks import UnsafeFile
 from stage1_tokenizer.perceptual import checked_folder
 from stage1_tokenizer.pixels import to_rgb
-from stage2_prior import ImagePrior, Samples, code_log_likelihood
+from stage2_prior import PriorModule, Samples, code_log_likelihood
 
 PMI_WEIGHT = 0.6
 """Weight of the rank by PMI against the rank by log-likelihood in `choice_scores`."""
@@ -36,7 +36,7 @@ def choice_scores(log_likelihood: Tensor, null_log_likelihood: Tensor) -> Tensor
     return _rank(log_likelihood) + PMI_WEIGHT * _rank(pmi)
 
 
-def best_rows(prior: ImagePrior, drawn: Samples, best_of: int, *, batch_size: int = 64) -> Tensor:
+def best_rows(prior: PriorModule, drawn: Samples, best_of: int, *, batch_size: int = 64) -> Tensor:
     """Which of B*N samples the prior chooses (B,): one of each N = `best_of` that follow one
     another."""
     given = drawn.log_likelihood.cpu().view(-1, best_of)
@@ -64,7 +64,7 @@ def highest(scores: Tensor) -> Tensor:
 
 
 @free_threads()
-def _null_log_likelihood(prior: ImagePrior, drawn: Samples, batch_size: int) -> Tensor:
+def _null_log_likelihood(prior: PriorModule, drawn: Samples, batch_size: int) -> Tensor:
     """log p(codes) (B,) in nats, in the order drawn. Sampling gives it where every code was guided;
     else it is computed."""
     if drawn.null_log_likelihood is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.inference.editing import check_image
 from pipeline.runtime.threads import free_threads
 from stage1_tokenizer import TokenizerConfig
-from stage2_prior import ImagePrior, score_codes
+from stage2_prior import PriorModule, score_codes
 
 
 def checked_pairs(
@@ -43,7 +43,7 @@ def checked_pairs(
 
 @free_threads()
 def score_codes_batched(
-    prior: ImagePrior, text_ids: Tensor, codes: Tensor, batch_size: int
+    prior: PriorModule, text_ids: Tensor, codes: Tensor, batch_size: int
 ) -> Tensor:
     """`score_codes` of captions (B,T) and codes (B,N), `batch_size` at a time: (B,) on the CPU."""
     batches = zip(text_ids.split(batch_size), codes.split(batch_size), strict=True)

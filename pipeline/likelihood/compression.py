@@ -32,9 +32,9 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.runtime.threads import FreeThreads
-from stage1_tokenizer import ImageTokenizer, TokenizerConfig, to_model_range
+from stage1_tokenizer import TokenizerConfig, TokenizerModule, to_model_range
 from stage1_tokenizer.pixels import from_pil, to_pil
-from stage2_prior import ImagePrior, TextTokenizer
+from stage2_prior import PriorModule, TextTokenizer
 from stage2_prior.order import seeded_orders
 
 _log = logging.getLogger(__name__)
@@ -82,8 +82,8 @@ class CompressedImage:
 
 
 def compress(
-    tokenizer: ImageTokenizer,
-    prior: ImagePrior,
+    tokenizer: TokenizerModule,
+    prior: PriorModule,
     text: TextTokenizer,
     image: Image.Image,
     prompt: str = "",
@@ -146,7 +146,7 @@ def compress(
 
 
 def decompress(
-    tokenizer: ImageTokenizer, prior: ImagePrior, text: TextTokenizer, data: bytes
+    tokenizer: TokenizerModule, prior: PriorModule, text: TextTokenizer, data: bytes
 ) -> CompressedImage:
     """The image that `compress` made `data` of, by the same models.
 
@@ -275,8 +275,8 @@ def _import_constriction() -> ModuleType:
 @torch.inference_mode()
 def _code_image(
     coder: _Coder,
-    tokenizer: ImageTokenizer,
-    prior: ImagePrior,
+    tokenizer: TokenizerModule,
+    prior: PriorModule,
     text_ids: Tensor,
     content: _Content | None,
 ) -> _Coded:
@@ -290,7 +290,9 @@ def _code_image(
     return _Coded(_Content(codes, values), rate_bits, coder.bits - rate_bits)
 
 
-def _code_codes(coder: _Coder, prior: ImagePrior, text_ids: Tensor, given: Tensor | None) -> Tensor:
+def _code_codes(
+    coder: _Coder, prior: PriorModule, text_ids: Tensor, given: Tensor | None
+) -> Tensor:
     """Codes (1,N) one after another, by a cache. A prior trained on random orders has one of
     them, the same for every image."""
     stream = prior.stream
@@ -318,7 +320,7 @@ def _code_codes(coder: _Coder, prior: ImagePrior, text_ids: Tensor, given: Tenso
 
 
 def _code_values(
-    coder: _Coder, tokenizer: ImageTokenizer, codes: Tensor, given: Tensor | None
+    coder: _Coder, tokenizer: TokenizerModule, codes: Tensor, given: Tensor | None
 ) -> Tensor:
     """Values (1,C,H,W) given the codes (1,N)."""
     levels = tokenizer.layout
@@ -344,7 +346,7 @@ def _code_values(
     return values
 
 
-def _check_models(tokenizer: ImageTokenizer, prior: ImagePrior) -> None:
+def _check_models(tokenizer: TokenizerModule, prior: PriorModule) -> None:
     tokenizer.require_codes("compression")
     devices = {tokenizer.device.type, prior.device.type}
     if devices != {"cpu"}:
@@ -370,7 +372,7 @@ def _check_image(image: Image.Image, config: TokenizerConfig) -> None:
         )
 
 
-def _text_ids(prior: ImagePrior, text: TextTokenizer, prompt: str) -> Tensor:
+def _text_ids(prior: PriorModule, text: TextTokenizer, prompt: str) -> Tensor:
     """(1,T)"""
     if not prompt and not prior.config.trained_with_caption_dropout:
         raise ValueError(
@@ -389,7 +391,7 @@ def _text_ids(prior: ImagePrior, text: TextTokenizer, prompt: str) -> Tensor:
     return text.encode([prompt])
 
 
-def _fingerprint(tokenizer: ImageTokenizer, prior: ImagePrior, text_ids: Tensor) -> bytes:
+def _fingerprint(tokenizer: TokenizerModule, prior: PriorModule, text_ids: Tensor) -> bytes:
     """8 bytes that change with each model and with the ids (1,T) of the prompt, on which the
     probabilities depend."""
     models = f"{tokenizer.fingerprint}/{prior.fingerprint}/{text_ids.tolist()}"

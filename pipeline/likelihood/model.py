@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from stage2_prior import (
-    ImagePrior,
     LatentPrior,
-    LatentPriorModel,
+    LatentPriorModule,
+    PriorModule,
     SamplingOptions,
     StandardNormal,
     sample,
@@ -41,7 +41,7 @@ class PosteriorSample:
 class ImageModel(Protocol):
     """A tokenizer and a prior of what it encodes images as."""
 
-    tokenizer: ImageTokenizer
+    tokenizer: TokenizerModule
 
     @property
     def is_deterministic(self) -> bool:
@@ -73,7 +73,7 @@ class CodeModel:
     """
 
     def __init__(
-        self, tokenizer: ImageTokenizer, prior: ImagePrior, *, codes_in_bf16: bool = False
+        self, tokenizer: TokenizerModule, prior: PriorModule, *, codes_in_bf16: bool = False
     ) -> None:
         self.tokenizer = tokenizer
         self.prior = prior
@@ -112,7 +112,7 @@ class LatentModel:
     is_deterministic = False
 
     def __init__(
-        self, tokenizer: ImageTokenizer, prior: LatentPriorModel | LatentPrior | None = None
+        self, tokenizer: TokenizerModule, prior: LatentPriorModule | LatentPrior | None = None
     ) -> None:
         self.tokenizer = tokenizer
         if prior is None:
@@ -137,14 +137,14 @@ class LatentModel:
         return self.tokenizer.latent_parameters(z)
 
     def _context(self, text_ids: Tensor) -> Tensor | None:
-        if isinstance(self.prior, LatentPriorModel):
+        if isinstance(self.prior, LatentPriorModule):
             return self.prior.encode_text(text_ids)
         return None
 
 
 def image_model(
-    tokenizer: ImageTokenizer,
-    prior: ImagePrior | LatentPriorModel | LatentPrior | None,
+    tokenizer: TokenizerModule,
+    prior: PriorModule | LatentPriorModule | LatentPrior | None,
     *,
     codes_in_bf16: bool = False,
 ) -> CodeModel | LatentModel:
@@ -157,7 +157,7 @@ def image_model(
     Raises:
         ValueError: the prior models something else than the tokenizer makes.
     """
-    if isinstance(prior, ImagePrior):
+    if isinstance(prior, PriorModule):
         tokenizer.require_codes("a prior of codes")
         return CodeModel(tokenizer, prior, codes_in_bf16=codes_in_bf16)
     dimensions = tokenizer.latent_dim if prior is None else prior.latent_features

@@ -30,7 +30,7 @@ from stage2_prior import (
     Engine,
     Filters,
     Finished,
-    ImagePrior,
+    PriorModule,
     Samples,
     SamplingOptions,
     StepShape,
@@ -177,7 +177,7 @@ class Sampler:
 
     def __init__(
         self,
-        prior: ImagePrior,
+        prior: PriorModule,
         *,
         num_rows: int = 64,
         max_waiting: int = 256,

@@ -48,7 +48,7 @@ from pipeline.stages.variants import (
     write_record,
 )
 from pipeline.training.checkpoint import newest_checkpoint
-from stage1_tokenizer import ImageTokenizer, to_model_range, to_uint8
+from stage1_tokenizer import TokenizerModule, to_model_range, to_uint8
 from stage1_tokenizer.metrics import ssim
 
 _log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def _for_minutes(experiment: Experiment, minutes: float) -> Experiment:
 def _judge(experiment: Experiment) -> dict[str, float]:
     """Metrics of a row whose stages are done; its first reconstructions and times are saved."""
     row = experiment.folder
-    tokenizer = ImageTokenizer.from_pretrained(row / "tokenizer")
+    tokenizer = TokenizerModule.from_pretrained(row / "tokenizer")
     held_out = (read_settings(row / "tokenizer") or {})["held_out"]
     prior = (read_settings(row / "prior") or {})["held_out"]
     steps = experiment.tokenizer.train.steps
@@ -227,7 +227,7 @@ def _judge(experiment: Experiment) -> dict[str, float]:
 
 @torch.no_grad()
 def _reconstructed(
-    experiment: Experiment, tokenizer: ImageTokenizer
+    experiment: Experiment, tokenizer: TokenizerModule
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Validation images, their reconstructions, and images/s of encoding (by the quickest of some
     batches)."""

@@ -43,7 +43,7 @@ from pipeline.stages.image_views import image_views
 from pipeline.stages.manifest import encode_settings, load_complete
 from pipeline.stages.run_lock import run_lock, with_run_lock
 from pipeline.stages.sources import sources_of
-from stage1_tokenizer import ImageTokenizer, to_model_range
+from stage1_tokenizer import TokenizerModule, to_model_range
 from stage1_tokenizer.config import nearest_multiple
 
 _log = logging.getLogger(__name__)
@@ -121,15 +121,15 @@ def encode_dataset(
     return folder
 
 
-def _load_tokenizer(experiment: Experiment, folder: Path | None) -> ImageTokenizer:
+def _load_tokenizer(experiment: Experiment, folder: Path | None) -> TokenizerModule:
     """The tokenizer in `folder`, or the run's own."""
     if folder is not None:
-        tokenizer = ImageTokenizer.from_pretrained(folder)
+        tokenizer = TokenizerModule.from_pretrained(folder)
         tokenizer.require_codes("`minidalle encode`")
     else:
         experiment.require_codes("encode")
         tokenizer = load_complete(
-            ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
+            TokenizerModule.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
         )
     stride = tokenizer.own_config.stride
     height, width = experiment.data.size
@@ -281,7 +281,7 @@ def _report(sources: Mapping[Split, Source], plan: Mapping[str, Any]) -> None:
 
 
 def _plan(
-    experiment: Experiment, tokenizer: ImageTokenizer, sources: Mapping[Split, Source], bf16: bool
+    experiment: Experiment, tokenizer: TokenizerModule, sources: Mapping[Split, Source], bf16: bool
 ) -> dict[str, Any]:
     """Everything that the content of the files depends on."""
     options = experiment.encode
@@ -441,7 +441,7 @@ def _require_shard(folder: Path, name: str, shard: Shard | None) -> Shard:
 
 @torch.no_grad()
 def _encoded(
-    tokenizer: ImageTokenizer,
+    tokenizer: TokenizerModule,
     source: Source,
     experiment: Experiment,
     bf16: bool,

@@ -16,8 +16,8 @@ from pipeline.stages.prior import stream_config
 from pipeline.training.batch import to_device
 from pipeline.training.memory_estimate import MemoryEstimate, Probe, estimate_training_memory
 from pipeline.training.task import Objective
-from stage1_tokenizer import ImageTokenizer, TokenizerObjective
-from stage2_prior import ImagePrior, LatentPriorModel, PriorObjective
+from stage1_tokenizer import TokenizerModule, TokenizerObjective
+from stage2_prior import LatentPriorModule, PriorModule, PriorObjective
 
 _RUNNING = 150 * 2**20
 """Bytes that a training on a CPU takes besides its networks and the loaded program: data,
@@ -40,14 +40,14 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
         raise ValueError(f"processes is {processes}; it must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss + _RUNNING
-    tokenizer = ImageTokenizer(experiment.tokenizer.model)
+    tokenizer = TokenizerModule(experiment.tokenizer.model)
     estimates = {}
     if not experiment.tokenizer.frozen:
         model = experiment.tokenizer.model
         shape = (8, *model.size, model.channels)
         images = torch.randint(256, shape, dtype=torch.uint8)
         latent_prior = (
-            LatentPriorModel(experiment.prior.latent, tokenizer.latent_dim)
+            LatentPriorModule(experiment.prior.latent, tokenizer.latent_dim)
             if experiment.prior.joint
             else None
         )
@@ -69,7 +69,7 @@ def estimate(experiment: Experiment, *, processes: int = 1) -> dict[str, MemoryE
 
 
 def trial_objective(
-    experiment: Experiment, tokenizer: ImageTokenizer, rows: int
+    experiment: Experiment, tokenizer: TokenizerModule, rows: int
 ) -> tuple[PriorObjective, dict[str, torch.Tensor]]:
     """The objective of a prior of the experiment's sizes, and a batch of that many arbitrary rows.
     The vocabulary is as large as the configuration allows."""
@@ -79,7 +79,7 @@ def trial_objective(
         experiment.text.max_length,
         any_order=experiment.prior.train.code_order != "raster",
     )
-    prior = ImagePrior(experiment.prior.model, stream)
+    prior = PriorModule(experiment.prior.model, stream)
     if experiment.prior.lora_rank:
         LoRAAdapter(prior, experiment.prior, {"prior": "of an estimate"})
     train = experiment.prior.train

@@ -33,8 +33,8 @@ from pipeline.inference.bundle import file_fingerprint
 from pipeline.runtime.atomic_io import atomic_write_dir
 from pipeline.stages.manifest import StageRun, read_settings, require_complete
 from pipeline.training.fsdp import fsdp_requested
-from stage1_tokenizer import ImageTokenizer, TokenizerConfig
-from stage2_prior import ImagePrior, PriorConfig, StreamConfig, TextConfig, TextTokenizer
+from stage1_tokenizer import TokenizerConfig, TokenizerModule
+from stage2_prior import PriorConfig, PriorModule, StreamConfig, TextConfig, TextTokenizer
 
 _ADAPTED = ("query_key_value", "output", "gate_up", "down")
 """The matrices of a block."""
@@ -42,10 +42,10 @@ _ADAPTER = "adapter"
 """In a prior's folder: the adapter alone, in peft's own form."""
 
 
-def new_tokenizer(section: TokenizerSection) -> ImageTokenizer:
+def new_tokenizer(section: TokenizerSection) -> TokenizerModule:
     """A tokenizer to train: random, or with the weights of `init_from`. The codebook of one of
     quantizer `vq` becomes the first one of quantizer `residual`."""
-    tokenizer = ImageTokenizer(section.model)
+    tokenizer = TokenizerModule(section.model)
     if section.init_from is not None:
         origin = _load_tokenizer(section.init_from)
         weights = origin.state_dict()
@@ -107,7 +107,7 @@ class PretrainedPrior:
     def __init__(self, given: str, fingerprint: str) -> None:
         folder = check_tokenizer_match(given, fingerprint)
         words = folder.parent / "text_tokenizer"
-        self.prior = ImagePrior.from_pretrained(require_complete(folder, "train-prior"))
+        self.prior = PriorModule.from_pretrained(require_complete(folder, "train-prior"))
         self.text = TextTokenizer.load(words)
         self.identity = {
             "prior": self.prior.fingerprint,
@@ -127,9 +127,9 @@ class PretrainedPrior:
             before, *like = self.text.token_ids(["a", *(f"a {w}" for w in config.new_tokens_like)])
             alike = [i for ids in like for i in ids[len(before) :]]
             self._spelled = [alike] * len(self._spelled)
-        return TextTokenizer(text.fast, config.max_length)
+        return text.with_length(config.max_length)
 
-    def load_into(self, prior: ImagePrior) -> None:
+    def load_into(self, prior: PriorModule) -> None:
         """Copies the weights into a prior for the extended vocabulary."""
         prior.load_pretrained(self.prior, self._spelled)
 
@@ -170,7 +170,7 @@ class LoRAAdapter:
 
     def __init__(
         self,
-        prior: ImagePrior,
+        prior: PriorModule,
         section: PriorSection,
         identity: dict[str, str],
         old_entries: int | None = None,
@@ -215,8 +215,8 @@ class LoRAAdapter:
         prior.requires_grad_(True)
 
 
-def _load_tokenizer(given: str) -> ImageTokenizer:
-    return ImageTokenizer.from_pretrained(
+def _load_tokenizer(given: str) -> TokenizerModule:
+    return TokenizerModule.from_pretrained(
         require_complete(stage_folder(given, "tokenizer"), "train-tokenizer")
     )
 

@@ -33,12 +33,12 @@ from pipeline.stages.manifest import LATENT_PRIOR, StageRun, load_complete
 from pipeline.stages.sources import every_image, sources_of
 from pipeline.stages.tokenizer import EVALUATION_BATCH, save_sample
 from pipeline.training.task import Task
-from stage1_tokenizer import ImageTokenizer, to_model_range
+from stage1_tokenizer import TokenizerModule, to_model_range
 from stage1_tokenizer.pixels import image_array
 from stage2_prior import (
     AggregatedPosterior,
     LatentPriorConfig,
-    LatentPriorModel,
+    LatentPriorModule,
     LatentPriorObjective,
     TextTokenizer,
     VampPrior,
@@ -64,7 +64,7 @@ def train_latent_prior(experiment: Experiment) -> Path:
     refuse_streams(experiment)
     section = experiment.prior
     tokenizer = load_complete(
-        ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
+        TokenizerModule.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
     )
     sources = latent_sources(experiment)
     run = StageRun(
@@ -93,7 +93,7 @@ def train_latent_prior(experiment: Experiment) -> Path:
 def latent_prior_training(
     experiment: Experiment,
     accelerator: Accelerator,
-    tokenizer: ImageTokenizer,
+    tokenizer: TokenizerModule,
     sources: dict[str, Source],
 ) -> LatentPriorTraining:
     """A new prior of this tokenizer's latents and its captions' tokenizer, which is saved, on the
@@ -142,7 +142,7 @@ def refuse_streams(experiment: Experiment) -> None:
 
 
 def _inputs(
-    experiment: Experiment, tokenizer: ImageTokenizer, sources: dict[str, Source]
+    experiment: Experiment, tokenizer: TokenizerModule, sources: dict[str, Source]
 ) -> dict[str, Any]:
     """What the prior depends on."""
     section = experiment.prior
@@ -162,8 +162,8 @@ def _inputs(
 
 
 def _build_prior(
-    experiment: Experiment, tokenizer: ImageTokenizer, text: TextTokenizer, source: Source
-) -> LatentPriorModel:
+    experiment: Experiment, tokenizer: TokenizerModule, text: TextTokenizer, source: Source
+) -> LatentPriorModule:
     """A new prior of this tokenizer's latents and this vocabulary, on the tokenizer's device; or
     the one that was trained together with the tokenizer.
 
@@ -172,14 +172,14 @@ def _build_prior(
     """
     if experiment.prior.joint:
         folder = experiment.folder / "tokenizer" / LATENT_PRIOR
-        joint: LatentPriorModel = load_complete(
-            LatentPriorModel.from_pretrained, folder, "train-tokenizer"
+        joint: LatentPriorModule = load_complete(
+            LatentPriorModule.from_pretrained, folder, "train-tokenizer"
         )
         return joint.to(tokenizer.device)
     config = experiment.prior.latent
     own = tokenizer.own_config
     torch.manual_seed(experiment.seed + 1)
-    model = LatentPriorModel(
+    model = LatentPriorModule(
         config,
         tokenizer.latent_dim,
         (own.channels, *own.size) if config.kind == "vamp" else None,
@@ -215,7 +215,7 @@ class _OfImages:
     """The objective of a prior on batches of `images` uint8 (B,H,W,C): latents are sampled from
     their posteriors."""
 
-    def __init__(self, tokenizer: ImageTokenizer, objective: LatentPriorObjective) -> None:
+    def __init__(self, tokenizer: TokenizerModule, objective: LatentPriorObjective) -> None:
         self.tokenizer = tokenizer
         self.objective = objective
         self.networks: dict[str, nn.Module] = objective.networks
@@ -262,8 +262,8 @@ class LatentPriorTraining:
         experiment: Experiment,
         accelerator: Accelerator,
         sources: dict[str, Source],
-        tokenizer: ImageTokenizer,
-        prior: LatentPriorModel,
+        tokenizer: TokenizerModule,
+        prior: LatentPriorModule,
         text: TextTokenizer,
     ) -> None:
         self.experiment = experiment

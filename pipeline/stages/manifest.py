@@ -24,13 +24,13 @@ from pipeline.config.train import TrainConfig
 from pipeline.runtime.atomic_io import atomic_write_dir, atomic_write_files, atomic_write_text
 from pipeline.runtime.devices import should_compile, uses_bf16
 from pipeline.runtime.distributed import make_accelerator
-from pipeline.runtime.log import hidden_progress_bars, on_main_process
+from pipeline.runtime.log import on_main_process
 from pipeline.training.auto_batch import has_auto_batch, resolve_auto_batch
 from pipeline.training.checkpoint import FORMAT, check_format, newest_checkpoint
 from pipeline.training.task import Task
 from pipeline.training.trainer import fit
-from stage1_tokenizer import ImageTokenizer
-from stage2_prior import ImagePrior, LatentPriorModel
+from stage1_tokenizer import TokenizerModule
+from stage2_prior import LatentPriorModule, PriorModule
 
 _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
@@ -172,15 +172,15 @@ class StageRun:
     def _delivers(self) -> bool:
         """Whether what the stage made can be loaded: each file whole, and as it was saved."""
         has_codes = self.experiment.tokenizer.model.has_codes
-        prior = ImagePrior if has_codes else LatentPriorModel
+        prior = PriorModule if has_codes else LatentPriorModule
         section = self.experiment.prior
         # These have no checkpoints, and are built again.
         is_built = not trains_prior(self.experiment)
         try:
-            (prior if self.stage == "prior" else ImageTokenizer).from_pretrained(self.folder)
+            (prior if self.stage == "prior" else TokenizerModule).from_pretrained(self.folder)
             has_latent_prior = self.stage == "tokenizer" and section.joint
             if has_latent_prior or (self.folder / LATENT_PRIOR).exists():
-                LatentPriorModel.from_pretrained(self.folder / LATENT_PRIOR)
+                LatentPriorModule.from_pretrained(self.folder / LATENT_PRIOR)
         except ValueError as error:
             saved = newest_checkpoint(self.folder / "checkpoints")
             if saved is None and not (self.stage == "prior" and is_built):
@@ -287,9 +287,9 @@ class StageRun:
 
     def finalize(
         self,
-        model: ImageTokenizer | ImagePrior | LatentPriorModel,
+        model: TokenizerModule | PriorModule | LatentPriorModule,
         metrics: dict[str, float],
-        latent_prior: LatentPriorModel | None = None,
+        latent_prior: LatentPriorModule | None = None,
     ) -> None:
         """Writes the final weights next to the checkpoints. The metrics come last: they mark the
         stage as done.
@@ -299,12 +299,9 @@ class StageRun:
                 folder.
         """
         if self.accelerator.is_main_process:
-            with hidden_progress_bars():
-                atomic_write_files(self.folder, model.to("cpu").save_pretrained)
-                if latent_prior is not None:
-                    atomic_write_dir(
-                        self.folder / LATENT_PRIOR, latent_prior.to("cpu").save_pretrained
-                    )
+            atomic_write_files(self.folder, model.to("cpu").save_pretrained)
+            if latent_prior is not None:
+                atomic_write_dir(self.folder / LATENT_PRIOR, latent_prior.to("cpu").save_pretrained)
         self._record(held_out={k: v for k, v in metrics.items() if math.isfinite(v)})
         # `end_training` would also end the process group, which the next stage needs.
         for tracker in self.accelerator.trackers:

@@ -26,7 +26,7 @@ from pipeline.stages.manifest import read_settings, trains_prior, was_begun
 from pipeline.stages.prior import check_inference_steps
 from pipeline.stages.sources import sources_of
 from pipeline.training.auto_batch import has_auto_batch
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 
 _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
@@ -52,7 +52,7 @@ def check_run(experiment: Experiment) -> None:
     _check_batches(experiment)
     _check_longer_tokenizer(experiment)
     if experiment.tokenizer.model.has_codes:
-        check_inference_steps(experiment, ImageTokenizer(experiment.tokenizer.model))
+        check_inference_steps(experiment, TokenizerModule(experiment.tokenizer.model))
         if not (experiment.folder / "codes" / MANIFEST).is_file():
             _check_captions(experiment)
         return

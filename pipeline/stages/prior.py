@@ -31,9 +31,9 @@ from pipeline.stages.manifest import StageRun, load_complete
 from pipeline.stages.run_lock import with_run_lock
 from pipeline.stages.tokenizer import EVALUATION_BATCH, save_sample
 from pipeline.training.task import Task
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from stage1_tokenizer.pixels import image_array
-from stage2_prior import ImagePrior, Level, PriorObjective, StreamConfig, TextTokenizer
+from stage2_prior import Level, PriorModule, PriorObjective, StreamConfig, TextTokenizer
 
 
 @with_run_lock
@@ -44,7 +44,7 @@ def train_prior(experiment: Experiment) -> Path:
         return train_latent_prior(experiment)
     section = experiment.prior
     tokenizer = load_complete(
-        ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
+        TokenizerModule.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
     )
     codes = {
         split: CodesDataset(experiment.folder / "codes", split) for split in ("train", "held_out")
@@ -92,7 +92,7 @@ def new_prior_training(
     """What `train_prior` trains, with new weights, for trial steps. The stages before it are done;
     only the text tokenizer is written."""
     tokenizer = load_complete(
-        ImageTokenizer.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
+        TokenizerModule.from_pretrained, experiment.folder / "tokenizer", "train-tokenizer"
     )
     if not experiment.tokenizer.model.has_codes:
         sources = latent_sources(experiment)
@@ -126,7 +126,7 @@ def _inputs(
 
 
 def stream_config(
-    tokenizer: ImageTokenizer,
+    tokenizer: TokenizerModule,
     vocab_size: int,
     text_length: int,
     *,
@@ -148,10 +148,10 @@ def stream_config(
 
 def _build_prior(
     experiment: Experiment,
-    tokenizer: ImageTokenizer,
+    tokenizer: TokenizerModule,
     text: TextTokenizer,
     origin: PretrainedPrior | None,
-) -> ImagePrior:
+) -> PriorModule:
     """A new prior for this tokenizer's codes and this vocabulary, with the weights of `origin` if
     there is one.
 
@@ -170,14 +170,14 @@ def _build_prior(
     )
     check_inference_steps(experiment, tokenizer)
     torch.manual_seed(experiment.seed + 1)
-    prior = ImagePrior(experiment.prior.model, stream)
+    prior = PriorModule(experiment.prior.model, stream)
     prior.set_codebook(tokenizer.code_vectors)
     if origin is not None:
         origin.load_into(prior)
     return prior
 
 
-def check_inference_steps(experiment: Experiment, tokenizer: ImageTokenizer) -> None:
+def check_inference_steps(experiment: Experiment, tokenizer: TokenizerModule) -> None:
     """Raises ValueError where there are more sampling steps than codes."""
     codes_per_image = sum(level.length for level in tokenizer.layout)
     steps = experiment.sampling.num_inference_steps
@@ -199,8 +199,8 @@ class PriorTraining:
         experiment: Experiment,
         accelerator: Accelerator,
         codes: dict[str, CodesDataset],
-        tokenizer: ImageTokenizer,
-        prior: ImagePrior,
+        tokenizer: TokenizerModule,
+        prior: PriorModule,
         text: TextTokenizer,
     ) -> None:
         self.experiment = experiment

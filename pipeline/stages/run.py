@@ -31,9 +31,9 @@ from pipeline.stages.run_lock import with_run_lock
 from pipeline.stages.style import teaches_style, with_new_style
 from pipeline.stages.time_estimate import StageSeconds, estimate_seconds
 from pipeline.stages.tokenizer import save_sample, train_tokenizer
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from stage1_tokenizer.pixels import image_array
-from stage2_prior import ImagePrior, LatentPriorModel, SamplingOptions, TextTokenizer
+from stage2_prior import LatentPriorModule, PriorModule, SamplingOptions, TextTokenizer
 
 
 def assemble_bundle(experiment: Experiment) -> Path:
@@ -42,10 +42,10 @@ def assemble_bundle(experiment: Experiment) -> Path:
     folder = experiment.folder
     has_codes = experiment.tokenizer.model.has_codes
     tokenizer = load_complete(
-        ImageTokenizer.from_pretrained, folder / "tokenizer", "train-tokenizer"
+        TokenizerModule.from_pretrained, folder / "tokenizer", "train-tokenizer"
     )
-    kind = ImagePrior if has_codes else LatentPriorModel
-    prior = load_complete(kind.from_pretrained, folder / "prior", "train-prior")
+    kind = PriorModule if has_codes else LatentPriorModule
+    prior: Any = load_complete(kind.from_pretrained, folder / "prior", "train-prior")
     text = load_complete(TextTokenizer.load, folder / "text_tokenizer", "train-prior")
     trained_on: dict[str, Any] = {
         "experiment": experiment.name,

@@ -24,7 +24,7 @@ from pipeline.training.batch import to_device
 from pipeline.training.fsdp import fsdp_requested
 from pipeline.training.optimizers import optimizers_for
 from pipeline.training.train_step import StepContext, backward_all, step_optimizers
-from stage1_tokenizer import ImageTokenizer, to_model_range
+from stage1_tokenizer import TokenizerModule, to_model_range
 
 _STEPS = 8
 _COMPILED_PACE = 0.6
@@ -56,13 +56,13 @@ def estimate_seconds(experiment: Experiment) -> StageSeconds:
     if batch_size % (accelerator.num_processes * micro_batches):  # which the training refuses
         return StageSeconds()
     source, _ = sources_of(experiment.data, experiment.folder, experiment.process_timeout)
-    tokenizer = ImageTokenizer(experiment.tokenizer.model)
+    tokenizer = TokenizerModule(experiment.tokenizer.model)
     prior = _prior_seconds(experiment, tokenizer, accelerator)
     return StageSeconds(_encode_seconds(experiment, tokenizer, source, accelerator), prior)
 
 
 def _prior_seconds(
-    experiment: Experiment, tokenizer: ImageTokenizer, accelerator: Accelerator
+    experiment: Experiment, tokenizer: TokenizerModule, accelerator: Accelerator
 ) -> float:
     train = experiment.prior.train
     batch_size, micro_batches = train.resolved_batch("prior")
@@ -91,7 +91,7 @@ def _prior_seconds(
 
 @torch.no_grad()
 def _encode_seconds(
-    experiment: Experiment, tokenizer: ImageTokenizer, source: Source, accelerator: Accelerator
+    experiment: Experiment, tokenizer: TokenizerModule, source: Source, accelerator: Accelerator
 ) -> float:
     known = [n for n in (experiment.encode.max_images, source.num_images) if n is not None]
     if source.num_images is None or not known:

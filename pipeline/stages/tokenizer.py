@@ -30,7 +30,7 @@ from pipeline.stages.run_lock import with_run_lock
 from pipeline.stages.sources import every_image
 from pipeline.training.task import Task
 from stage1_tokenizer import TokenizerObjective, to_model_range, to_uint8
-from stage2_prior import LatentPriorModel
+from stage2_prior import LatentPriorModule
 
 _log = logging.getLogger(__name__)
 _log.addFilter(on_main_process)
@@ -87,7 +87,7 @@ class TokenizerTraining:
         torch.manual_seed(experiment.seed)
         self.tokenizer = new_tokenizer(experiment.tokenizer)
         self.latent_prior = (
-            LatentPriorModel(experiment.prior.latent, self.tokenizer.latent_dim)
+            LatentPriorModule(experiment.prior.latent, self.tokenizer.latent_dim)
             if experiment.prior.joint
             else None
         )

@@ -139,9 +139,9 @@ class VectorQuantizer(SingleLevel):
     def __init__(self, num_codes: int, code_dim: int, options: VectorOptions) -> None:
         super().__init__(num_codes, code_dim, code_dim, options.decay)
         self.options = options
-        codebook = self._normalize(
-            torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0))
-        )
+        codebook = torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0))
+        if not codebook.is_meta:  # where there are values to normalize
+            codebook = self._normalize(codebook)
         if options.codebook == "gradient":
             self.codebook = nn.Parameter(codebook)
         else:

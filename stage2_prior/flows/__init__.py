@@ -8,7 +8,7 @@ from stage2_prior.flows.config import LatentPriorConfig, LatentPriorKind
 from stage2_prior.flows.coupling import AffineCoupling
 from stage2_prior.flows.flow import Flow
 from stage2_prior.flows.mixture import GaussianMixture
-from stage2_prior.flows.model import LatentPriorModel
+from stage2_prior.flows.model import LatentPriorModule
 from stage2_prior.flows.objective import LatentPriorObjective
 from stage2_prior.flows.standard_normal import StandardNormal
 from stage2_prior.flows.vamp import VampPrior
@@ -21,7 +21,7 @@ __all__ = [
     "LatentPrior",
     "LatentPriorConfig",
     "LatentPriorKind",
-    "LatentPriorModel",
+    "LatentPriorModule",
     "LatentPriorObjective",
     "MaskedAutoregressive",
     "StandardNormal",

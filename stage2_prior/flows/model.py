@@ -1,4 +1,4 @@
-"""`LatentPriorModel`: a prior over Gaussian latents that is saved and loaded, and the context that
+"""`LatentPriorModule`: a prior over Gaussian latents that is saved and loaded, and the context that
 captions give it. Knows settings, sizes and text ids; nothing of images or of what made the latents.
 
 Legend: B batch, n dimensions of a latent vector, C features of a context, T text slots, M random
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ from stage2_prior.flows.build import build_latent_prior
 from stage2_prior.flows.config import LatentPriorConfig
 from stage2_prior.flows.context import CaptionContext
 from stage2_prior.flows.transform import Conditioner
-from stage2_prior.saving import SavedConfig, SavedModel, refuse_larger
+from stage2_prior.saving import SavedConfig, SavedModule, refuse_larger
 
 
-class LatentPriorModelConfig(SavedConfig):
-    """A `LatentPriorConfig` in the form that transformers saves: `model` is its dictionary. With
-    the sizes that latents and captions give."""
+@dataclass(kw_only=True)
+class SavedLatentPriorConfig(SavedConfig):
+    """A `LatentPriorConfig` as it is saved: `model` is its dictionary. With the sizes that latents
+    and captions give."""
 
     model_type = "mini_dalle_latent_prior"
     latent_features: int = 0
@@ -34,12 +35,11 @@ class LatentPriorModelConfig(SavedConfig):
     trained_with_caption_dropout: bool = False
 
 
-class LatentPriorModel(SavedModel):
+class LatentPriorModule(SavedModule):
     """p(z | context) by the prior that a configuration names, which is `prior`.
 
     Args:
-        config: the prior's settings; or the `LatentPriorModelConfig` that transformers passes on
-            loading.
+        config: the prior's settings; or what `config_class` is, as loading passes it on.
         latent_features: n; needed with settings.
         input_shape: shape of a pseudo-input of `vamp`. After loading, `prior.attach` gives a
             `VampPrior` its encoder again.
@@ -51,27 +51,27 @@ class LatentPriorModel(SavedModel):
         ValueError: as `build_latent_prior`.
     """
 
-    config_class = LatentPriorModelConfig
-    base_model_prefix = "latent_prior"
+    config_class = SavedLatentPriorConfig
+    transformers_name = "LatentPriorModel"
     noun = "prior"
-    main_input_name = "latents"
     described_by = ("model", "latent_features", "input_shape", "text_vocab_size", "text_pad_id")
     # Sampling refuses what the training did not allow.
     recorded = ("trained_with_caption_dropout",)
+    config: SavedLatentPriorConfig
 
     def __init__(
         self,
-        config: LatentPriorConfig | LatentPriorModelConfig,
+        config: LatentPriorConfig | SavedLatentPriorConfig,
         latent_features: int = 0,
         input_shape: tuple[int, ...] | None = None,
         *,
         text_vocab_size: int = 0,
         text_pad_id: int = 0,
     ) -> None:
-        hub = (
+        saved = (
             config
-            if isinstance(config, LatentPriorModelConfig)
-            else LatentPriorModelConfig(
+            if isinstance(config, self.config_class)
+            else self.config_class(
                 model=asdict(config),
                 latent_features=latent_features,
                 input_shape=None if input_shape is None else list(input_shape),
@@ -79,20 +79,22 @@ class LatentPriorModel(SavedModel):
                 text_pad_id=text_pad_id,
             )
         )
-        super().__init__(hub)
-        self.prior_config = build_config(LatentPriorConfig, hub.model or {}, "config.json")
-        shape = None if hub.input_shape is None else tuple(hub.input_shape)
-        self.prior = build_latent_prior(self.prior_config, hub.latent_features, shape)
+        super().__init__(saved)
+
+    def _build(self) -> None:
+        saved = self.config
+        self.prior_config = build_config(LatentPriorConfig, saved.model or {}, "config.json")
+        shape = None if saved.input_shape is None else tuple(saved.input_shape)
+        self.prior = build_latent_prior(self.prior_config, saved.latent_features, shape)
         self.caption_context = (
-            CaptionContext(hub.text_vocab_size, hub.text_pad_id, self.prior.context_features)
-            if hub.text_vocab_size and self.prior.context_features
+            CaptionContext(saved.text_vocab_size, saved.text_pad_id, self.prior.context_features)
+            if saved.text_vocab_size and self.prior.context_features
             else None
         )
-        self.post_init()
 
     @classmethod
     def check_stored(
-        cls, config: LatentPriorModelConfig, stored: Mapping[str, StoredTensor]
+        cls, config: SavedLatentPriorConfig, stored: Mapping[str, StoredTensor]
     ) -> None:
         """Raises ValueError where there are more layers than stored tensors, or more dimensions
         than stored numbers."""
@@ -101,20 +103,6 @@ class LatentPriorModel(SavedModel):
             refuse_larger("layers", own.transforms * own.depth, len(stored))
         numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
         refuse_larger("latent dimensions", config.latent_features, numbers)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: every module initialises itself when it is made."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        # A prior without parameters has buffers, which transformers does not look at.
-        return self.prior.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.prior.dtype
 
     @property
     def latent_features(self) -> int:

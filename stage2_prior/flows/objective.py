@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from stage2_prior.flows.model import LatentPriorModel
+from stage2_prior.flows.model import LatentPriorModule
 from stage2_prior.objective import PriorLoss, drop_captions
 
 
@@ -29,7 +29,7 @@ class LatentPriorObjective:
 
     def __init__(
         self,
-        prior: LatentPriorModel,
+        prior: LatentPriorModule,
         null_caption: Tensor | None = None,
         caption_dropout: float = 0.0,
     ) -> None:

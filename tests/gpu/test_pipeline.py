@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from pipeline import TextToImagePipeline
-from stage1_tokenizer import ImageTokenizer, TokenizerConfig
+from stage1_tokenizer import TokenizerConfig, TokenizerModule
 from stage2_prior import (
-    ImagePrior,
     Level,
     PriorConfig,
+    PriorModule,
     SamplingOptions,
     StreamConfig,
     TextTokenizer,
@@ -35,7 +35,7 @@ def random_pipe(device: torch.device) -> TextToImagePipeline:
         "decoder_depth": 1,
         "code_dim": 4,
     }
-    tokenizer = ImageTokenizer(TokenizerConfig(**sizes)).eval()  # type: ignore[arg-type]
+    tokenizer = TokenizerModule(TokenizerConfig(**sizes)).eval()  # type: ignore[arg-type]
     text = TextTokenizer.train(["a red circle", "a blue square"], vocab_size=300, length=16)
     stream = StreamConfig(
         text_vocab_size=text.vocab_size,
@@ -47,7 +47,7 @@ def random_pipe(device: torch.device) -> TextToImagePipeline:
         start_id=text.start_id,
         end_id=text.end_id,
     )
-    prior = ImagePrior(PriorConfig(width=32, depth=2, heads=2), stream)
+    prior = PriorModule(PriorConfig(width=32, depth=2, heads=2), stream)
     prior.set_codebook(tokenizer.code_vectors)
     with torch.no_grad():
         for parameter in prior.parameters():

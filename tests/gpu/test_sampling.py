@@ -10,9 +10,9 @@ import torch
 
 from pipeline.inference.batching import sample_codes_batched
 from stage2_prior import (
-    ImagePrior,
     Level,
     PriorConfig,
+    PriorModule,
     SamplingOptions,
     StreamConfig,
     code_log_likelihood,
@@ -152,7 +152,7 @@ def test_batch_is_halved_when_gpu_memory_runs_out(cuda):
     stream = StreamConfig(
         text_vocab_size=300, text_length=8, levels=(Level(grid=(16, 16), num_codes=64),)
     )
-    prior = ImagePrior(PriorConfig(width=512, depth=4, heads=8), stream).to(cuda).eval()
+    prior = PriorModule(PriorConfig(width=512, depth=4, heads=8), stream).to(cuda).eval()
     text = torch.randint(3, 300, (128, 8))
     expected = sample_codes_batched(prior, text[:8], range(8), SamplingOptions(), batch_size=8)
     torch.cuda.empty_cache()
@@ -172,7 +172,7 @@ def test_batch_is_halved_when_gpu_memory_runs_out(cuda):
     assert torch.equal(drawn.codes[:8], expected.codes)
 
 
-def stream_length(prior: ImagePrior) -> int:
+def stream_length(prior: PriorModule) -> int:
     return prior.stream.length
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage1_tokenizer import ImageTokenizer, VectorOptions
+from stage1_tokenizer import TokenizerModule, VectorOptions
 from stage1_tokenizer.convert_checkpoints import align_state_dict, convert
 from stage1_tokenizer.quantizers import VectorQuantizer
 from tests.helpers.published_weights import vqgan
@@ -106,7 +106,7 @@ def test_published_vqgan_weights_compute_as_on_the_cpu(style, device):
     config, ours = convert(
         weights, "llamagen" if style == "llamagen" else "taming-vqgan", "weights"
     )
-    tokenizer = ImageTokenizer(config)
+    tokenizer = TokenizerModule(config)
     tokenizer.load_state_dict(align_state_dict(config, ours, tokenizer.state_dict(), "weights"))
     tokenizer.eval()
     pixels = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(5)) * 2 - 1

@@ -26,16 +26,16 @@ from pipeline.training.prefetch import BatchPrefetcher
 from pipeline.training.task import Task
 from stage1_tokenizer import (
     DiscriminatorOptions,
-    ImageTokenizer,
     ObjectiveConfig,
     TokenizerConfig,
+    TokenizerModule,
     TokenizerObjective,
     VectorOptions,
 )
 from stage2_prior import (
-    ImagePrior,
     Level,
     PriorConfig,
+    PriorModule,
     PriorObjective,
     PriorObjectiveConfig,
     StreamConfig,
@@ -58,7 +58,7 @@ def objective(stage: str, **model: object) -> TokenizerObjective | PriorObjectiv
     """The same weights each time: a small tokenizer, or a small prior."""
     torch.manual_seed(0)
     if stage == "prior":
-        prior = ImagePrior(PriorConfig(**{"width": 64, "depth": 2, "heads": 2, **model}), STREAM)  # type: ignore[arg-type]
+        prior = PriorModule(PriorConfig(**{"width": 64, "depth": 2, "heads": 2, **model}), STREAM)  # type: ignore[arg-type]
         with torch.no_grad():  # heads start at zero, where every loss is log K
             for parameter in prior.parameters():
                 if parameter.ndim == 2:
@@ -78,7 +78,7 @@ def objective(stage: str, **model: object) -> TokenizerObjective | PriorObjectiv
         "decoder_depth": 1,
         "code_dim": 4,
     }
-    tokenizer = ImageTokenizer(TokenizerConfig(**sizes, vq=VectorOptions(dead_code_check_every=2)))  # type: ignore[arg-type]
+    tokenizer = TokenizerModule(TokenizerConfig(**sizes, vq=VectorOptions(dead_code_check_every=2)))  # type: ignore[arg-type]
     return TokenizerObjective(tokenizer.train(), ObjectiveConfig(discriminator=options))
 
 

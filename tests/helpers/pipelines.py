@@ -13,11 +13,11 @@ from pipeline.inference.latent_pipeline import LatentPipeline
 from pipeline.inference.pipeline import TextToImagePipeline
 from stage2_prior import (
     AggregatedPosterior,
-    ImagePrior,
     LatentPriorConfig,
-    LatentPriorModel,
+    LatentPriorModule,
     Level,
     PriorConfig,
+    PriorModule,
     StreamConfig,
     TextConfig,
     TextTokenizer,
@@ -47,7 +47,7 @@ def tiny_pipeline(
     )
     torch.manual_seed(0)
     config = PriorConfig(width=32, depth=1, heads=2, text_depth=text_depth)
-    prior = ImagePrior(config, stream)
+    prior = PriorModule(config, stream)
     with torch.no_grad():
         for parameter in prior.parameters():
             if parameter.ndim == 2:
@@ -75,7 +75,7 @@ def tiny_latent_pipeline(
         context_features=context_features,
     )
     torch.manual_seed(0)
-    prior = LatentPriorModel(
+    prior = LatentPriorModule(
         config,
         images.latent_dim,
         (3, *images.size),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
+from stage2_prior import Level, PriorConfig, PriorModule, StreamConfig
 
 
 def tiny_prior(
@@ -13,13 +13,13 @@ def tiny_prior(
     code_dim: int = 5,
     any_order: bool = False,
     **model: object,
-) -> ImagePrior:
+) -> PriorModule:
     torch.manual_seed(0)
     config = PriorConfig(**{"width": 32, "depth": 2, "heads": 2, **model})  # type: ignore[arg-type]
     stream = StreamConfig(
         text_vocab_size=20, text_length=6, levels=levels, code_dim=code_dim, any_order=any_order
     )
-    prior = ImagePrior(config, stream)
+    prior = PriorModule(config, stream)
     torch.manual_seed(1)  # what follows does not depend on how weights start
     if code_dim:
         prior.set_codebook(torch.randn(prior.stream.num_codes, code_dim))
@@ -33,7 +33,7 @@ def tiny_prior(
 
 def any_order_prior(
     levels: tuple[Level, ...] = (Level(grid=(3, 3), num_codes=11),), **model: object
-) -> ImagePrior:
+) -> PriorModule:
     """As if trained on random orders."""
     prior = tiny_prior(levels, any_order=True, **model)
     prior.config.trained_order = "random"

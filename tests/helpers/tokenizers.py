@@ -16,10 +16,10 @@ from stage1_tokenizer import (
     GaussianOptions,
     GumbelOptions,
     HierarchicalOptions,
-    ImageTokenizer,
     ObjectiveConfig,
     ResidualOptions,
     TokenizerConfig,
+    TokenizerModule,
     VectorOptions,
 )
 
@@ -84,10 +84,10 @@ def tiny_config(**changes: Any) -> TokenizerConfig:
     return TokenizerConfig(**values)
 
 
-def tiny_tokenizer(**changes: Any) -> ImageTokenizer:
+def tiny_tokenizer(**changes: Any) -> TokenizerModule:
     """With weights that are not at their partly zero start."""
     torch.manual_seed(0)
-    tokenizer = ImageTokenizer(tiny_config(**changes))
+    tokenizer = TokenizerModule(tiny_config(**changes))
     with torch.no_grad():
         for parameter in tokenizer.parameters():
             if parameter.ndim == 4:

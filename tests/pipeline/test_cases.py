@@ -284,7 +284,7 @@ def test_exported_codes_are_joined_with_ones_own_table_by_name(
 ):
     """Beside images that are broken, small or without a caption, and of equal names in two
     folders; across splits and shards."""
-    from stage1_tokenizer import ImageTokenizer
+    from stage1_tokenizer import TokenizerModule
 
     folder = tmp_path / "own"
     for i in range(24):
@@ -304,7 +304,7 @@ def test_exported_codes_are_joined_with_ones_own_table_by_name(
     assert sorted(found) == sorted(f"{'ab'[i % 2]}/{i // 2}.png" for i in whole)
     names = sorted(found)
     images = [Image.open(folder / name) for name in names]
-    codes = ImageTokenizer.from_pretrained(tokenizer).to_codes(images).flatten(1).numpy()
+    codes = TokenizerModule.from_pretrained(tokenizer).to_codes(images).flatten(1).numpy()
     same = np.stack([found[name].ravel() for name in names]) == codes
     assert same.mean() > 0.8  # bf16 may turn a near tie
     said = capsys.readouterr()

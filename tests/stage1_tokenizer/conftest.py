@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from tests.helpers.tokenizers import tiny_tokenizer
 
 
 @pytest.fixture
-def tokenizer() -> ImageTokenizer:
+def tokenizer() -> TokenizerModule:
     return tiny_tokenizer()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer import ImageTokenizer, VectorOptions, code_views, to_model_range, to_uint8
+from stage1_tokenizer import TokenizerModule, VectorOptions, code_views, to_model_range, to_uint8
 from stage1_tokenizer.code_views import (
     GUMBEL_QUANTIZERS,
     check_gumbel,
@@ -28,7 +28,7 @@ BOTH = pytest.mark.parametrize("quantizer", ["vq", "gumbel"])
 RELAXED = [kind for kind in KINDS if KINDS[kind].get("quantizer", "vq") in GUMBEL_QUANTIZERS]
 
 
-def colours(quantizer: str, drawn: Tensor) -> ImageTokenizer:
+def colours(quantizer: str, drawn: Tensor) -> TokenizerModule:
     """A tokenizer of three colours: each cell of 4x4 pixels is encoded as its nearest colour. The
     decoder draws code i in the colour `drawn` @ COLOURS[i]."""
     options: dict[str, Any] = {"vq": VectorOptions(normalize=False)} if quantizer == "vq" else {}
@@ -45,7 +45,7 @@ def colours(quantizer: str, drawn: Tensor) -> ImageTokenizer:
     return tokenizer.eval()
 
 
-def common(tokenizer: ImageTokenizer) -> Tensor:
+def common(tokenizer: TokenizerModule) -> Tensor:
     """Codes of all levels, every one 1."""
     return torch.ones(sum(level.length for level in tokenizer.layout), dtype=torch.long)
 

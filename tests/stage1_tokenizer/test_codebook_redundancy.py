@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer import (
-    ImageTokenizer,
     Level,
+    TokenizerModule,
     agreement_by_level,
     count_codes,
     distinct_codes,
@@ -63,8 +63,8 @@ class Greys:
         return (cells.mean((3, 4, 5))[..., None] - self.greys).abs().argmin(-1)
 
 
-def greys(values: list[int], factor: int = 4) -> ImageTokenizer:
-    return cast(ImageTokenizer, Greys(values, factor))
+def greys(values: list[int], factor: int = 4) -> TokenizerModule:
+    return cast(TokenizerModule, Greys(values, factor))
 
 
 def test_codes_of_equal_patches_count_once():
@@ -93,13 +93,13 @@ def test_the_count_is_greedy_by_use():
 
 def test_codes_are_decoded_in_the_middle_of_codes_drawn_by_use():
     tokenizer = Greys([0, 50, 100, 150])
-    distinct_codes(cast(ImageTokenizer, tokenizer), torch.tensor([3, 900, 4, 0]))
+    distinct_codes(cast(TokenizerModule, tokenizer), torch.tensor([3, 900, 4, 0]))
     first, second = tokenizer.decoded
     assert first[:3, 2, 2].tolist() == second[:3, 2, 2].tolist() == [1, 2, 0]
     first[:, 2, 2] = second[:, 2, 2] = 1
     assert (first[:3] == first[0]).all() and (first != 3).all()  # unused codes are nowhere
     even = Greys([0, 50, 100, 150])
-    distinct_codes(cast(ImageTokenizer, even), torch.ones(4, dtype=torch.long))
+    distinct_codes(cast(TokenizerModule, even), torch.ones(4, dtype=torch.long))
     first, second = even.decoded
     assert not torch.equal(first, second)
     assert all(len(grid.unique()) > 2 for grid in (first[0], second[0]))
@@ -118,7 +118,7 @@ def test_codes_that_differ_in_one_context_alone_are_two():
     above = [
         int(codes_by_use(counts, (Level(grid=(4, 4), num_codes=3),), seed)[6]) for seed in (0, 1)
     ]
-    tokenizer = cast(ImageTokenizer, InContext([0, 50, 100]))
+    tokenizer = cast(TokenizerModule, InContext([0, 50, 100]))
     assert distinct_codes(tokenizer, counts) == {"": 3 if 0 in above else 2}
     assert 0 in above and set(above) != {0}
 
@@ -129,7 +129,7 @@ def test_large_codebooks_and_grids_are_decoded_in_part(monkeypatch):
     tokenizer.grid = (64, 32)
     counts = torch.ones(25, dtype=torch.long)
     counts[[20, 7, 9]] = torch.tensor([30, 20, 10])
-    assert distinct_codes(cast(ImageTokenizer, tokenizer), counts) == {"": 3}
+    assert distinct_codes(cast(TokenizerModule, tokenizer), counts) == {"": 3}
     decoded = tokenizer.decoded[0]
     assert decoded.shape[1:] == (8, 8) and decoded[:3, 4, 4].tolist() == [20, 7, 9]
 
@@ -172,7 +172,7 @@ def test_every_quantizer_is_measured_per_level(images, kind):
         assert 1 <= distinct[level] <= int((used > 0).sum())
 
 
-def both_agreements(tokenizer: ImageTokenizer, codes: Tensor) -> list[float]:
+def both_agreements(tokenizer: TokenizerModule, codes: Tensor) -> list[float]:
     return list(
         reencoding_metrics(tokenizer, [(codes, to_uint8(tokenizer.decode(codes)))]).values()
     )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from stage1_tokenizer.convert_checkpoints import (
     align_state_dict,
     convert,
@@ -83,7 +83,7 @@ def test_the_published_architectures_fit_without_a_missing_or_unexpected_key(nam
     kind, build, millions, (factor, codes) = PUBLISHED[name]
     config, weights = convert(build(), kind, name)
     with torch.device("meta"):
-        tokenizer = ImageTokenizer(config)
+        tokenizer = TokenizerModule(config)
     own = tokenizer.state_dict()
     whole = align_state_dict(config, weights, own, name)
     assert set(whole) == set(own) and all(whole[key].shape == own[key].shape for key in own)
@@ -134,7 +134,7 @@ def test_dvae_equals_a_plain_forward_pass_of_its_weights(tmp_path, pixels, block
     for part in ("encoder", "decoder"):
         own = {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(part)}
         save_file(own, tmp_path / f"{part}.safetensors")
-    tokenizer = ImageTokenizer.from_external(tmp_path, kind="openai-dvae")
+    tokenizer = TokenizerModule.from_external(tmp_path, kind="openai-dvae")
     gain = 1 / (4 * blocks) ** 2
     unit = (pixels + 1) / 2
     logits = dvae_walk(
@@ -245,7 +245,7 @@ def test_vqgans_equal_a_plain_forward_pass_of_their_weights(tmp_path, pixels, ki
             "loss.perceptual_loss.lin0.model.1.weight": torch.ones(2),
         }
     torch.save({"model" if llama else "state_dict": published}, tmp_path / "weights.ckpt")
-    tokenizer = ImageTokenizer.from_external(tmp_path / "weights.ckpt", kind=kind)
+    tokenizer = TokenizerModule.from_external(tmp_path / "weights.ckpt", kind=kind)
     middle = ["0", "1", "2"] if llama else ["block_1", "attn_1", "block_2"]
     down = [f"conv_blocks.{i}" if llama else f"down.{i}" for i in range(3)]
     up = [f"conv_blocks.{i}" if llama else f"up.{2 - i}" for i in range(3)]
@@ -274,9 +274,9 @@ def test_vqgans_equal_a_plain_forward_pass_of_their_weights(tmp_path, pixels, ki
 def test_loaded_tokenizer_can_be_saved_and_trained(tmp_path, pixels):
     weights = vqgan(channels=32, multipliers=(1, 2), blocks=1, latent=8, dim=4, codes=16)
     save_file(weights, tmp_path / "weights.safetensors")
-    tokenizer = ImageTokenizer.from_external(tmp_path / "weights.safetensors", kind="taming-vqgan")
+    tokenizer = TokenizerModule.from_external(tmp_path / "weights.safetensors", kind="taming-vqgan")
     tokenizer.save_pretrained(tmp_path / "saved")
-    assert ImageTokenizer.from_pretrained(tmp_path / "saved").fingerprint == tokenizer.fingerprint
+    assert TokenizerModule.from_pretrained(tmp_path / "saved").fingerprint == tokenizer.fingerprint
     before = tokenizer.quantizer.codebook.clone()
     tokenizer.train()
     # Neither is its codebook initialised again, nor do codes restart that these images lack.
@@ -316,7 +316,7 @@ def test_weights_of_another_architecture_are_refused_naming_keys(tmp_path, chang
     change(weights)
     save_file(weights, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=message):
-        ImageTokenizer.from_external(tmp_path / "weights.safetensors", kind="taming-vqgan")
+        TokenizerModule.from_external(tmp_path / "weights.safetensors", kind="taming-vqgan")
 
 
 @pytest.mark.parametrize("kind", ["openai-dvae", "taming-gumbel", "llamagen"])
@@ -326,7 +326,7 @@ def test_wrong_kind_is_refused_and_kinds_are_listed(tmp_path, kind):
         ValueError,
         match=f"holds no {kind} weights: it has no .*; choose one of the kinds openai-dvae, taming",
     ):
-        ImageTokenizer.from_external(tmp_path / "weights.safetensors", kind=kind)
+        TokenizerModule.from_external(tmp_path / "weights.safetensors", kind=kind)
 
 
 class Program:

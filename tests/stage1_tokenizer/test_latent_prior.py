@@ -11,8 +11,8 @@ from torch.distributions import Normal
 
 from stage1_tokenizer import (
     GaussianOptions,
-    ImageTokenizer,
     ObjectiveConfig,
+    TokenizerModule,
     TokenizerObjective,
     to_model_range,
 )
@@ -26,7 +26,7 @@ class StandardNormal(nn.Module):
         return Normal(0.0, 1.0).log_prob(z).sum(1)
 
 
-def gaussian_tokenizer(kind: str = "gaussian") -> ImageTokenizer:
+def gaussian_tokenizer(kind: str = "gaussian") -> TokenizerModule:
     options = LATENT_KINDS[kind].get("gaussian", GaussianOptions())
     latents = GaussianOptions(latents=options.latents, vector_features=options.vector_features)
     return tiny_tokenizer(quantizer="gaussian", gaussian=latents)

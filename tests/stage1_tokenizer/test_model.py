@@ -1,4 +1,4 @@
-"""`ImageTokenizer`: its interface for every quantizer, factor and likelihood."""
+"""`TokenizerModule`: its interface for every quantizer, factor and likelihood."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from PIL import Image
 
 from stage1_tokenizer import (
     HierarchicalOptions,
-    ImageTokenizer,
     Level,
     TokenizerConfig,
+    TokenizerModule,
     TokenizerObjective,
     to_model_range,
     to_uint8,
@@ -351,7 +351,7 @@ def test_the_fingerprint_changes_with_every_tensor_and_with_the_configuration(to
         tensor = other.state_dict()[name]
         tensor.copy_(~tensor if tensor.dtype == torch.bool else tensor + 1)
         assert other.fingerprint != fingerprint, name
-    scaled = ImageTokenizer(
+    scaled = TokenizerModule(
         TokenizerConfig(**{**tokenizer.own_config.__dict__, "likelihood_scale": 0.2})
     )
     scaled.load_state_dict(tokenizer.state_dict())

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from stage1_tokenizer import (
-    ImageTokenizer,
     ObjectiveConfig,
     TokenizerConfig,
+    TokenizerModule,
     TokenizerObjective,
     VqganOptions,
     to_model_range,
@@ -179,7 +179,7 @@ def test_every_architecture_survives_saving(architecture, tmp_path, images):
     tokenizer = tiny_tokenizer(**ARCHITECTURES[architecture])
     tokenizer.save_pretrained(tmp_path)
     pixels = to_model_range(images)
-    for loader in (ImageTokenizer.from_pretrained, ImageTokenizer.from_pretrained):
+    for loader in (TokenizerModule.from_pretrained, TokenizerModule.from_pretrained):
         again = loader(tmp_path)
         assert again.fingerprint == tokenizer.fingerprint and torch.equal(
             again.encode(pixels), tokenizer.encode(pixels)

@@ -13,9 +13,9 @@ from stage1_tokenizer import (
     FsqOptions,
     GaussianOptions,
     GumbelOptions,
-    ImageTokenizer,
     ObjectiveConfig,
     ScoreFunctionOptions,
+    TokenizerModule,
     TokenizerObjective,
     count_codes,
     distinct_codes,
@@ -272,7 +272,7 @@ def test_losses_call_the_wrapped_networks(images, kind):
     """DDP averages gradients of what passes through its own forward only."""
 
     class Wrapper(torch.nn.Module):
-        def __init__(self, module: ImageTokenizer) -> None:
+        def __init__(self, module: TokenizerModule) -> None:
             super().__init__()
             self.module, self.calls = module, 0
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from stage1_tokenizer import ImageTokenizer, to_model_range
+from stage1_tokenizer import ImageTokenizer, TokenizerModule, to_model_range
 from tests.helpers.tokenizers import (
     EVERY_KIND,
     EVERY_LATENT_KIND,
@@ -19,8 +19,13 @@ from tests.helpers.tokenizers import (
     tiny_tokenizer,
 )
 
+EVERY_LOADER = pytest.mark.parametrize(
+    "loader",
+    [TokenizerModule.from_pretrained, ImageTokenizer.from_pretrained, AutoModel.from_pretrained],
+)
 
-def trained(**changes) -> ImageTokenizer:
+
+def trained(**changes) -> TokenizerModule:
     """With buffers that are not at their start."""
     tokenizer = tiny_tokenizer(**changes).train()
     for seed in range(3):
@@ -47,15 +52,21 @@ def rewrite_config(folder: Path, change) -> None:
 
 
 @pytest.mark.parametrize(
-    "loader",
-    [ImageTokenizer.from_pretrained, ImageTokenizer.from_pretrained, AutoModel.from_pretrained],
+    ("loader", "kind_of_model"),
+    [
+        (TokenizerModule.from_pretrained, TokenizerModule),
+        (ImageTokenizer.from_pretrained, ImageTokenizer),
+        (AutoModel.from_pretrained, ImageTokenizer),
+    ],
 )
 @EVERY_KIND
-def test_every_tensor_survives_and_so_does_the_fingerprint(tmp_path, images, loader, kind):
+def test_every_tensor_survives_and_so_does_the_fingerprint(
+    tmp_path, images, loader, kind_of_model, kind
+):
     tokenizer = trained(**KINDS[kind], likelihood="logit_laplace")
     tokenizer.save_pretrained(tmp_path)
     again = loader(tmp_path)
-    assert isinstance(again, ImageTokenizer) and not again.training
+    assert type(again) is kind_of_model and not again.training
     state = again.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in tokenizer.state_dict().items())
     assert again.fingerprint == tokenizer.fingerprint and again.own_config == tokenizer.own_config
@@ -83,6 +94,36 @@ def test_the_folder_holds_a_readable_configuration_and_no_pickle(folder):
     values = json.loads((folder / "config.json").read_text())
     assert values["model_type"] == "mini_dalle_tokenizer" and values["model"]["vq"]["decay"] == 0.99
     assert type(AutoConfig.from_pretrained(folder)).__name__ == "ImageTokenizerConfig"
+
+
+def test_a_tokenizer_and_its_model_of_transformers_write_the_same(tmp_path):
+    module = trained()
+    model = ImageTokenizer(module.own_config).eval()
+    model.load_state_dict(module.state_dict())
+    assert isinstance(model, PreTrainedModel) and not isinstance(module, PreTrainedModel)
+    module.save_pretrained(tmp_path / "module")
+    model.save_pretrained(tmp_path / "model")
+    ours, theirs = (
+        json.loads((tmp_path / kind / "config.json").read_text()) for kind in ("module", "model")
+    )
+    assert theirs.pop("transformers_version") and ours == theirs
+    ours, theirs = (
+        load_file(tmp_path / kind / "model.safetensors") for kind in ("module", "model")
+    )
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_options_of_transformers_are_not_ignored_without_it(folder):
+    with pytest.raises(TypeError, match=r"no options \['device_map'\].*use ImageTokenizer"):
+        TokenizerModule.from_pretrained(folder, device_map=None)
+
+
+@pytest.mark.parametrize("model", [TokenizerModule, ImageTokenizer])
+def test_a_subfolder_can_be_named(tmp_path, model):
+    tokenizer = trained()
+    tokenizer.save_pretrained(tmp_path / "inside")
+    again = model.from_pretrained(str(tmp_path), subfolder="inside")
+    assert again.fingerprint == tokenizer.fingerprint
 
 
 def test_a_compiled_tokenizer_is_saved_without_prefixes(tmp_path, tokenizer):
@@ -115,7 +156,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(folder, change, named):
         ImageTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("loader", [ImageTokenizer.from_pretrained, AutoModel.from_pretrained])
+@EVERY_LOADER
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -160,7 +201,7 @@ def test_truncated_configuration_is_refused(folder):
         ImageTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("loader", [ImageTokenizer.from_pretrained, AutoModel.from_pretrained])
+@EVERY_LOADER
 def test_unknown_keys_are_refused_also_in_nested_options(folder, loader):
     rewrite_config(folder, lambda c: c["model"].update(wdith=3))
     with pytest.raises(ValueError, match=r"unknown keys \['wdith'\] for TokenizerConfig"):

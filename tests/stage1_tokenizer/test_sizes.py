@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from stage1_tokenizer import ImageTokenizer, TokenizerConfig, TokenizerObjective, VqganOptions
+from stage1_tokenizer import TokenizerConfig, TokenizerModule, TokenizerObjective, VqganOptions
 from tests.helpers.tokenizers import (
     ALL_KINDS,
     EVERY_KIND,
@@ -107,7 +107,7 @@ def test_rectangles_turned_give_turned_grids():
 def test_a_saved_tokenizer_of_rectangles_is_loaded_at_its_size(tmp_path):
     tokenizer = tiny_tokenizer().at_size((16, 32))
     tokenizer.save_pretrained(tmp_path)
-    loaded = ImageTokenizer.from_pretrained(tmp_path)
+    loaded = TokenizerModule.from_pretrained(tmp_path)
     assert loaded.size == (16, 32) and loaded.fingerprint == tokenizer.fingerprint
     assert torch.equal(loaded.encode(pixels(16, 32)), tokenizer.encode(pixels(16, 32)))
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from stage1_tokenizer import ImageTokenizer, TokenizerConfig, pixels, to_model_range, to_rgb
+from stage1_tokenizer import TokenizerConfig, TokenizerModule, pixels, to_model_range, to_rgb
 from stage1_tokenizer.value_range import possible_ranges, to_8_bits
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> ImageTokenizer:
+def tokenizer() -> TokenizerModule:
     torch.manual_seed(0)
     config = TokenizerConfig(image_size=16, num_codes=16, width=16, downsample_factor=4)
-    return ImageTokenizer(config).eval()
+    return TokenizerModule(config).eval()
 
 
 @pytest.mark.parametrize("high", [255, 1023, 4095, 16383, 65535])

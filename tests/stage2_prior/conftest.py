@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stage2_prior import ImagePrior
+from stage2_prior import PriorModule
 from tests.helpers.priors import tiny_prior
 
 
 @pytest.fixture
-def prior() -> ImagePrior:
+def prior() -> PriorModule:
     return tiny_prior()
 
 

@@ -19,8 +19,8 @@ from stage2_prior import (
     Engine,
     Filters,
     Finished,
-    ImagePrior,
     Level,
+    PriorModule,
     SampleRequest,
     Samples,
     SamplingOptions,
@@ -51,7 +51,7 @@ def random_options(draw: random.Random) -> SamplingOptions:
     )
 
 
-def random_request(draw: random.Random, prior: ImagePrior, seed: int) -> SampleRequest:
+def random_request(draw: random.Random, prior: PriorModule, seed: int) -> SampleRequest:
     """Of any options; one in three has known codes: anywhere, or the first ones. Where the order is
     free, every other one has several codes per step."""
     length = prior.stream.image_length
@@ -70,7 +70,7 @@ def random_request(draw: random.Random, prior: ImagePrior, seed: int) -> SampleR
     return SampleRequest(text_ids=caption, seed=seed, options=options, **kept)
 
 
-def alone(prior: ImagePrior, request: SampleRequest) -> Samples:
+def alone(prior: PriorModule, request: SampleRequest) -> Samples:
     """By `sample`."""
     return sample(
         prior,
@@ -92,7 +92,7 @@ def assert_same(finished: Finished, expected: Samples) -> None:
         torch.testing.assert_close(found.null_log_likelihood, expected.null_log_likelihood)
 
 
-def assert_exact(prior: ImagePrior, request: SampleRequest, finished: Finished) -> None:
+def assert_exact(prior: PriorModule, request: SampleRequest, finished: Finished) -> None:
     """The log-likelihood is that of an uncached pass over what was sampled."""
     found = finished.samples
     assert found is not None
@@ -455,7 +455,9 @@ def test_a_known_code_of_another_level_is_refused():
 def test_known_codes_may_be_of_any_integer_type(dtype):
     """Ids of the vocabulary need more digits than the codes have."""
     small = any_order_prior(code_dim=0)
-    prior = ImagePrior(small.model_config, replace(small.stream.config, text_vocab_size=300)).eval()
+    prior = PriorModule(
+        small.model_config, replace(small.stream.config, text_vocab_size=300)
+    ).eval()
     prior.config.trained_order = "random"
     known = torch.arange(9) < 4
     found = [
@@ -476,13 +478,13 @@ def test_known_codes_are_read_in_parts_of_bounded_size(monkeypatch):
 
     expected = sampled()
     read = []
-    plain_features = ImagePrior.features
+    plain_features = PriorModule.features
 
     def counted(self, ids, *arguments, **options):
         read.append(ids.numel())
         return plain_features(self, ids, *arguments, **options)
 
-    monkeypatch.setattr(ImagePrior, "features", counted)
+    monkeypatch.setattr(PriorModule, "features", counted)
     monkeypatch.setattr(stage2_prior.table, "_TOKENS_READ", 20)
     found = sampled()
     assert torch.equal(found.codes, expected.codes)

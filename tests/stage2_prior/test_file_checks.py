@@ -50,7 +50,9 @@ class Outer:
             raise ValueError(f"size is {self.size}; it must be at least 1")
 
 
-@pytest.mark.parametrize("name", ["file_checks.py", "hub.py", "saving.py"])
+@pytest.mark.parametrize(
+    "name", ["file_checks.py", "hub.py", "saving.py", "transformers_saving.py"]
+)
 def test_both_stages_have_the_same_checks(name):
     one = (ROOT / "stage1_tokenizer" / name).read_text()
     other = (ROOT / "stage2_prior" / name).read_text()

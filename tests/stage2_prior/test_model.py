@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from stage2_prior import (
-    ImagePrior,
     Level,
     PriorConfig,
+    PriorModule,
     PriorObjective,
     PriorObjectiveConfig,
     SamplingOptions,
@@ -45,7 +45,7 @@ def test_logits_depend_on_no_later_token(levels, text_ids):
 
 def test_blocks_of_a_new_prior_change_nothing():
     """Their projections into the residual stream, and the heads, start at zero."""
-    prior = ImagePrior(
+    prior = PriorModule(
         PriorConfig(width=32, depth=2, heads=2, text_depth=1),
         StreamConfig(text_vocab_size=20, text_length=6, levels=LEVELS[0]),
     )
@@ -168,7 +168,7 @@ def test_rotary_scores_depend_on_relative_rows_and_columns_only():
 def test_saving_and_loading_keeps_logits_and_fingerprint(prior, tmp_path, text_ids, codes):
     prior.save_pretrained(tmp_path)
     ids = prior.stream.inputs(text_ids, codes[:, :-1])
-    for again in (ImagePrior.from_pretrained(tmp_path), ImagePrior.from_pretrained(tmp_path)):
+    for again in (PriorModule.from_pretrained(tmp_path), PriorModule.from_pretrained(tmp_path)):
         torch.testing.assert_close(
             again(ids, torch.arange(14)).image, prior(ids, torch.arange(14)).image
         )
@@ -191,13 +191,13 @@ def test_fingerprint_covers_tensors_without_dimensions(prior):
 
 def test_loading_names_what_is_wrong(prior, tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
-        ImagePrior.from_pretrained(tmp_path)
+        PriorModule.from_pretrained(tmp_path)
     prior.save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="cannot be read"):
-        ImagePrior.from_pretrained(tmp_path)
+        PriorModule.from_pretrained(tmp_path)
     weights.write_bytes(whole)
     values = json.loads(config.read_text())
     values["model"]["depth"] = 3
@@ -205,19 +205,19 @@ def test_loading_names_what_is_wrong(prior, tmp_path):
     with pytest.raises(
         ValueError, match=r"do not fit its config\.json \(first keys that differ: \['blocks\.2"
     ):
-        ImagePrior.from_pretrained(tmp_path)
+        PriorModule.from_pretrained(tmp_path)
     values["model"]["dept"] = 2
     config.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"unknown keys \['dept'\]"):
-        ImagePrior.from_pretrained(tmp_path)
+        PriorModule.from_pretrained(tmp_path)
     config.write_text("{}")
     with pytest.raises(ValueError, match="no 'model' section"):
-        ImagePrior.from_pretrained(tmp_path)
+        PriorModule.from_pretrained(tmp_path)
 
 
 def test_prior_without_sequence_layout_is_refused():
     with pytest.raises(ValueError, match="needs the stream's shape"):
-        ImagePrior(PriorConfig())
+        PriorModule(PriorConfig())
 
 
 def test_configuration_errors_are_all_named():
@@ -302,10 +302,10 @@ def test_weights_that_do_not_fit_are_refused_by_from_pretrained(prior, tmp_path)
     with pytest.raises(
         ValueError, match=r"do not fit its config\.json \(first keys that differ: \['blocks\.1"
     ):
-        ImagePrior.from_pretrained(tmp_path)
+        PriorModule.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x10")
     with pytest.raises(ValueError, match="cannot be read"):
-        ImagePrior.from_pretrained(tmp_path)
+        PriorModule.from_pretrained(tmp_path)
 
 
 def test_stream_levels_survive_json():

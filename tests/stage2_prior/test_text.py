@@ -94,7 +94,7 @@ def test_a_tokenizer_without_special_tokens_gets_distinct_ones():
 
     words = Tokenizer(models.WordLevel({"a": 0, "cat": 1, "[UNK]": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    text = TextTokenizer(
+    text = TextTokenizer.from_fast(
         PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[UNK]", eos_token="[UNK]"), 5
     )
     assert len({text.pad_id, text.start_id, text.end_id}) == 3
@@ -157,7 +157,7 @@ def test_bpe_dropout_requires_merges(bpe):
 
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    text = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=words), 9)
+    text = TextTokenizer.from_fast(PreTrainedTokenizerFast(tokenizer_object=words), 9)
     with pytest.raises(
         ValueError, match="needs a byte-level BPE tokenizer, and this one is WordLevel"
     ):

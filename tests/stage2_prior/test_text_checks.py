@@ -80,11 +80,25 @@ def unigram_like() -> Tokenizer:
 
 @pytest.mark.parametrize("make", [clip_like, bert_like, unigram_like])
 def test_published_kinds_of_tokenizers_are_saved_and_loaded(tmp_path, make):
-    text = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=make()), 9)
+    text = TextTokenizer.from_fast(PreTrainedTokenizerFast(tokenizer_object=make()), 9)
     text.save(tmp_path)
     again = TextTokenizer.load(tmp_path)
     assert again.encode(["a b", "b"]).equal(text.encode(["a b", "b"]))
     assert again.decode(again.encode(["a b"])) == text.decode(text.encode(["a b"]))
+
+
+@pytest.mark.parametrize("cleans", [False, True])
+@pytest.mark.parametrize("make", [clip_like, bert_like, unigram_like])
+def test_texts_become_the_ids_that_transformers_gives_them_and_back(make, cleans):
+    fast = PreTrainedTokenizerFast(tokenizer_object=make(), clean_up_tokenization_spaces=cleans)
+    text = TextTokenizer.from_fast(fast, 30)
+    captions = ["a b", "b . a", f"a {text.fast.eos_token} b", "\u2603Z", ""]
+    theirs = text.fast(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert text.token_ids(captions) == theirs and text.vocab_size == len(text.fast)
+    ids = text.encode(captions)
+    assert text.decode(ids) == [
+        one.strip() for one in text.fast.batch_decode(ids.tolist(), skip_special_tokens=True)
+    ]
 
 
 def test_ids_must_be_those_of_the_vocabulary():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stage2_prior import (
-    ImagePrior,
+    PriorModule,
     PriorObjective,
     PriorObjectiveConfig,
     SamplingOptions,
@@ -19,11 +19,11 @@ SEEDS = [7, 8, 9]
 
 
 @pytest.fixture
-def encoding_prior() -> ImagePrior:
+def encoding_prior() -> PriorModule:
     return tiny_prior(text_depth=2)
 
 
-def text_logits(prior: ImagePrior, text_ids: torch.Tensor) -> torch.Tensor:
+def text_logits(prior: PriorModule, text_ids: torch.Tensor) -> torch.Tensor:
     fed = prior.stream.text_first(text_ids, torch.zeros(len(text_ids), 9, dtype=torch.long))
     with torch.no_grad():
         return prior(fed.ids, fed.position_ids, targets=fed.targets).text
@@ -63,7 +63,7 @@ def test_an_encoder_that_is_added_changes_nothing_at_first(text_ids, codes):
     prior = tiny_prior()
     torch.manual_seed(3)
     config = tiny_prior(text_depth=2).model_config
-    added = ImagePrior(config, prior.stream.config).eval()
+    added = PriorModule(config, prior.stream.config).eval()
     added.load_pretrained(prior)
     expected = code_log_likelihood(prior, text_ids, codes)
     torch.testing.assert_close(code_log_likelihood(added, text_ids, codes), expected)
@@ -73,7 +73,7 @@ def test_an_encoder_that_is_added_changes_nothing_at_first(text_ids, codes):
 
 def test_it_is_saved_trained_and_sharded_with_the_blocks(encoding_prior, text_ids, codes, tmp_path):
     encoding_prior.save_pretrained(tmp_path)
-    loaded = ImagePrior.from_pretrained(tmp_path)
+    loaded = PriorModule.from_pretrained(tmp_path)
     expected = code_log_likelihood(encoding_prior, text_ids, codes)
     assert torch.equal(code_log_likelihood(loaded, text_ids, codes), expected)
     matrices = {id(matrix) for matrix in encoding_prior.hidden_matrices()}

@@ -19,9 +19,9 @@ from pipeline import TextToImagePipeline
 from pipeline.cli.main import COMMANDS, main
 from pipeline.data.codes.dataset import CodesDataset, read_manifest
 from pipeline.training.checkpoint import newest_checkpoint
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from stage1_tokenizer.metrics import psnr, ssim
-from stage2_prior import ImagePrior
+from stage2_prior import PriorModule
 from tests.helpers.cli import fails
 
 pytestmark = pytest.mark.slow
@@ -96,8 +96,8 @@ def test_repeated_run_changes_nothing(finished_run, capsys):
 
 def test_prior_has_the_code_vectors_of_its_tokenizer(finished_run):
     bundle = finished_run[1] / "bundle"
-    told = ImagePrior.from_pretrained(bundle / "prior").code_vectors
-    vectors = ImageTokenizer.from_pretrained(bundle / "tokenizer").code_vectors
+    told = PriorModule.from_pretrained(bundle / "prior").code_vectors
+    vectors = TokenizerModule.from_pretrained(bundle / "tokenizer").code_vectors
     torch.testing.assert_close(told * (vectors - vectors.mean(0)).std() + vectors.mean(0), vectors)
 
 
@@ -111,7 +111,7 @@ def test_codes_are_those_of_the_images(finished_run):
         CodesDataset(folder / "codes", "train"),
         load_source(load_experiment(["--config", str(path)]).data, "train"),
     )
-    tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = TokenizerModule.from_pretrained(folder / "tokenizer")
     assert len(codes) == 40 and len(CodesDataset(folder / "codes", "held_out")) == 10
     expected = tokenizer.encode(to_model_range(torch.from_numpy(source.images([3, 7])))).flatten(1)
     assert (
@@ -272,7 +272,7 @@ def test_bad_sampling_options_are_named(finished_run, tmp_path, capsys):
 
 
 def test_guidance_without_caption_dropout_is_refused(bundle, tmp_path, capsys):
-    prior = ImagePrior.from_pretrained(bundle / "prior")
+    prior = PriorModule.from_pretrained(bundle / "prior")
     prior.config.trained_with_caption_dropout = False
     pipe = TextToImagePipeline.from_pretrained(bundle)
     TextToImagePipeline(pipe.tokenizer, prior, pipe.text, pipe.defaults).save_pretrained(
@@ -343,7 +343,7 @@ def test_corrupted_bundle_is_named(bundle, capsys, tmp_path, damage, message):
 
 
 def test_exchanged_bundle_part_is_named(bundle, capsys, tmp_path):
-    tokenizer = ImageTokenizer.from_pretrained(bundle / "tokenizer")
+    tokenizer = TokenizerModule.from_pretrained(bundle / "tokenizer")
     with torch.no_grad():
         next(tokenizer.parameters()).add_(1)
     tokenizer.save_pretrained(bundle / "tokenizer")
@@ -359,7 +359,7 @@ def test_mismatched_bundle_parts_are_refused(bundle):
     from stage1_tokenizer import TokenizerConfig
 
     pipe = TextToImagePipeline.from_pretrained(bundle)
-    other = ImageTokenizer(TokenizerConfig(image_size=32, num_codes=8, width=32))
+    other = TokenizerModule(TokenizerConfig(image_size=32, num_codes=8, width=32))
     with pytest.raises(ValueError, match="give both from one bundle"):
         TextToImagePipeline(other, pipe.prior, pipe.text)
     pipe.text.length = 9
@@ -503,7 +503,7 @@ def test_other_settings_in_a_run_folder_are_refused(finished_run, capsys):
 def test_codes_of_another_tokenizer_are_refused(finished_run, tmp_path, capsys):
     path, folder = finished_run
     copy = shutil.copytree(folder, tmp_path / "runs" / "tiny")
-    tokenizer = ImageTokenizer.from_pretrained(copy / "tokenizer")
+    tokenizer = TokenizerModule.from_pretrained(copy / "tokenizer")
     with torch.no_grad():
         next(tokenizer.parameters()).add_(1)
     tokenizer.save_pretrained(copy / "tokenizer")
@@ -621,7 +621,7 @@ def test_killed_run_resumes_without_loss(tiny_yaml):
     whole = [*command, "--output_dir", str(tiny_yaml.parent / "whole")]
     subprocess.run(whole, env=environment, check=True, capture_output=True)
     one, two = (
-        ImageTokenizer.from_pretrained(tiny_yaml.parent / where / "tiny" / "tokenizer")
+        TokenizerModule.from_pretrained(tiny_yaml.parent / where / "tiny" / "tokenizer")
         for where in ("runs", "whole")
     )
     assert one.fingerprint == two.fingerprint

@@ -18,7 +18,7 @@ from pipeline.evaluation import codebook_report
 from pipeline.evaluation.codebook_report import METRICS, codebook_page
 from pipeline.runtime.image_grid import bars
 from stage1_tokenizer import (
-    ImageTokenizer,
+    TokenizerModule,
     count_codes,
     distinct_codes,
     reencoding_metrics,
@@ -66,7 +66,7 @@ def test_context_shows_where_the_code_occurs(tmp_path):
 def test_each_level_has_its_own_images(tmp_path, kind):
     tiny_tokenizer(**KINDS[kind]).save_pretrained(tmp_path / "tokenizer")
     views = codebook_page(tmp_path / "tokenizer", images(), tmp_path / "page")
-    levels = len(ImageTokenizer.from_pretrained(tmp_path / "tokenizer").layout)
+    levels = len(TokenizerModule.from_pretrained(tmp_path / "tokenizer").layout)
     assert len(views) == levels and len(list((tmp_path / "page").glob("*.png"))) == 5 * levels
     page = (tmp_path / "page" / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 5 * levels
@@ -136,7 +136,7 @@ def test_whole_images_of_the_most_used_codes_are_those_of_the_mode(
 
 def test_gumbel_images_of_other_quantizers_are_refused_before_any_work(tmp_path, monkeypatch):
     tiny_tokenizer(**KINDS["fsq"]).save_pretrained(tmp_path / "tokenizer")
-    monkeypatch.delattr(ImageTokenizer, "encode")
+    monkeypatch.delattr(TokenizerModule, "encode")
     with pytest.raises(ValueError, match=r"is fsq, .* need one of vq, gumbel, score_function"):
         codebook_page(tmp_path / "tokenizer", images(), tmp_path / "page", mode="both")
     assert not (tmp_path / "page").exists()

@@ -26,8 +26,8 @@ from pipeline.evaluation.elbo_surgery import (
     surgery,
     surgery_metrics,
 )
-from stage1_tokenizer import GaussianPosterior, ImageTokenizer, to_model_range
-from stage2_prior import AggregatedPosterior, LatentPriorConfig, LatentPriorModel, score_codes
+from stage1_tokenizer import GaussianPosterior, TokenizerModule, to_model_range
+from stage2_prior import AggregatedPosterior, LatentPriorConfig, LatentPriorModule, score_codes
 from tests.helpers.pipelines import CAPTIONS, tiny_pipeline
 from tests.helpers.tokenizers import ALL_KINDS, EVERY_TOKENIZER, tiny_tokenizer
 
@@ -44,7 +44,7 @@ def images(count: int = 7) -> Tensor:
     return torch.randint(256, shape, generator=generator(), dtype=torch.uint8)
 
 
-def exact_log_q(tokenizer: ImageTokenizer, z: Tensor) -> Tensor:
+def exact_log_q(tokenizer: TokenizerModule, z: Tensor) -> Tensor:
     """log q(z_i | x_i) of the test images by torch's distributions."""
     pixels = to_model_range(images())
     if not tokenizer.own_config.has_codes:
@@ -60,7 +60,7 @@ def exact_log_q(tokenizer: ImageTokenizer, z: Tensor) -> Tensor:
     return chosen.log_prob(z).sum(1)
 
 
-def exact_log_likelihood(tokenizer: ImageTokenizer, z: Tensor) -> Tensor:
+def exact_log_likelihood(tokenizer: TokenizerModule, z: Tensor) -> Tensor:
     if tokenizer.own_config.has_codes:
         embedded = tokenizer.quantizer.embed(z.unflatten(1, (4, 4)), (4, 4))
         parameters = tokenizer.decoder(embedded)
@@ -255,7 +255,7 @@ def test_metrics_ask_the_learned_prior_with_and_without_captions(kind):
 @torch.no_grad()
 def test_metrics_of_gaussian_latents_with_a_learned_prior():
     tokenizer = tiny_tokenizer(**ALL_KINDS["gaussian vector"])
-    prior = LatentPriorModel(LatentPriorConfig(kind="standard"), 10)
+    prior = LatentPriorModule(LatentPriorConfig(kind="standard"), 10)
     found = surgery_metrics(tokenizer, prior, images(), torch.zeros(7, 1), torch.zeros(1, 1))
     assert found["marginal_kl"] == pytest.approx(found["marginal_kl_fixed_prior"], abs=1e-4)
     assert "marginal_kl_given_captions" not in found
@@ -264,7 +264,7 @@ def test_metrics_of_gaussian_latents_with_a_learned_prior():
 @torch.no_grad()
 def test_a_conditional_prior_of_latents_gets_the_captions(monkeypatch):
     tokenizer = tiny_tokenizer(**ALL_KINDS["gaussian vector"])
-    prior = LatentPriorModel(LatentPriorConfig(kind="mixture", context_features=3), 10)
+    prior = LatentPriorModule(LatentPriorConfig(kind="mixture", context_features=3), 10)
     prior.config.trained_with_caption_dropout = True
     monkeypatch.setattr(prior, "forward", lambda latents, ids: -ids.sum(1).double())
     ids = torch.arange(21).reshape(7, 3)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pipeline.inference.reranking import choice_scores
 from stage2_prior import (
-    ImagePrior,
     Level,
     PriorConfig,
+    PriorModule,
     PriorObjective,
     PriorObjectiveConfig,
     StreamConfig,
@@ -40,12 +40,12 @@ def image(pair: tuple[int, int]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def prior() -> ImagePrior:
+def prior() -> PriorModule:
     """A prior that has learned the seen pairs in part."""
     torch.manual_seed(0)
     levels = (Level(grid=(2, 2), num_codes=COLOURS),)
     stream = StreamConfig(text_vocab_size=4 + COLOURS + SHAPES, text_length=4, levels=levels)
-    prior = ImagePrior(PriorConfig(width=32, depth=2, heads=2), stream)
+    prior = PriorModule(PriorConfig(width=32, depth=2, heads=2), stream)
     objective = PriorObjective(prior, PriorObjectiveConfig(caption_dropout=0.2))
     optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3)
     for step in range(150):
@@ -61,7 +61,7 @@ def prior() -> ImagePrior:
     return prior.eval()
 
 
-def likelihoods(prior: ImagePrior, text_ids: list[int] | None) -> Tensor:
+def likelihoods(prior: PriorModule, text_ids: list[int] | None) -> Tensor:
     """log p(codes | caption) of all images (256,); without a caption for None."""
     ids = prior.stream.null_caption(1) if text_ids is None else torch.tensor([text_ids])
     return code_log_likelihood(prior, ids.expand(len(EVERY), -1), EVERY).sum(1).double()

@@ -16,7 +16,7 @@ from pipeline.inference import pipeline
 from pipeline.inference.editing import keep_mask, place_on_canvas, random_keep_mask
 from pipeline.inference.reranking import choice_scores
 from stage1_tokenizer import Level
-from stage2_prior import ImagePrior, SamplingOptions, StreamConfig, sample
+from stage2_prior import PriorModule, SamplingOptions, StreamConfig, sample
 from tests.helpers.cli import fails
 
 
@@ -26,7 +26,7 @@ def untrained_pipe(run: Path, **trained: object) -> TextToImagePipeline:
     pipe = TextToImagePipeline.from_pretrained(run / "bundle")
     config = StreamConfig(**{**vars(pipe.prior.stream.config), "any_order": True})
     torch.manual_seed(0)
-    prior = ImagePrior(pipe.prior.model_config, config)
+    prior = PriorModule(pipe.prior.model_config, config)
     prior.set_codebook(pipe.tokenizer.code_vectors)
     with torch.no_grad():
         for parameter in prior.parameters():

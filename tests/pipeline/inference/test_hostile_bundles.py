@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from stage1_tokenizer import ImageTokenizer
+from stage2_prior import ImagePrior
 from tests.helpers.pipelines import tiny_pipeline
 
 
@@ -48,9 +51,14 @@ def test_one_flipped_bit_of_weights_is_refused_without_a_bundle_too(tmp_path, pa
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(content)
-    for options in ({}, {"device_map": None}):
+    of_transformers = {"tokenizer": ImageTokenizer, "prior": ImagePrior}[part]
+    for load in (
+        type(model).from_pretrained,
+        of_transformers.from_pretrained,
+        partial(of_transformers.from_pretrained, device_map=None),
+    ):
         with pytest.raises(ValueError, match="was changed or damaged since; copy the folder"):
-            type(model).from_pretrained(tmp_path, **options)
+            load(tmp_path)
 
 
 def test_models_of_earlier_versions_have_no_fingerprint_and_load(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from pipeline.cli.main import main
 from pipeline.inference.hub import find_bundle, push_bundle
 from pipeline.inference.pipeline import TextToImagePipeline
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from tests.helpers.hub_server import StandIn, hub_on_this_machine
 from tests.helpers.pipelines import tiny_latent_pipeline, tiny_pipeline
 from tests.helpers.tokenizers import tiny_tokenizer
@@ -202,7 +202,7 @@ def test_a_tokenizer_goes_to_the_hub_and_comes_back(hub):
         "model.safetensors",
         ".gitattributes",
     }
-    again = ImageTokenizer.from_pretrained("user/tokenizer", revision="main")
+    again = TokenizerModule.from_pretrained("user/tokenizer", revision="main")
     assert again.fingerprint == tokenizer.fingerprint
 
 

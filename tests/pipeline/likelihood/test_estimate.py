@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.likelihood.estimate import image_likelihood, sample_seeds
 from pipeline.likelihood.model import CodeModel, LatentModel, image_model
-from stage1_tokenizer import GaussianOptions, ImageTokenizer, to_model_range, to_uint8
-from stage2_prior import LatentPriorConfig, LatentPriorModel, score_codes
+from stage1_tokenizer import GaussianOptions, TokenizerModule, to_model_range, to_uint8
+from stage2_prior import LatentPriorConfig, LatentPriorModule, score_codes
 from tests.helpers.latent_priors import tiny_latent_prior
 from tests.helpers.pipelines import CAPTIONS, tiny_pipeline
 from tests.helpers.tokenizers import KINDS, tiny_tokenizer
@@ -122,7 +122,7 @@ class ExactEncoder(nn.Module):
     """Logits log p(patch | code): with uniform codes that do not depend on one another, the exact
     posterior."""
 
-    def __init__(self, tokenizer: ImageTokenizer) -> None:
+    def __init__(self, tokenizer: TokenizerModule) -> None:
         super().__init__()
         self.owner = [tokenizer]  # in a list, or the encoder would be a part of its own part
 
@@ -182,7 +182,7 @@ def test_naive_monte_carlo_reaches_the_exact_probability_where_all_codes_are_sam
     torch.testing.assert_close(many, exact, atol=0.7, rtol=0)
 
 
-def gaussian_tokenizer(**changes) -> ImageTokenizer:
+def gaussian_tokenizer(**changes) -> TokenizerModule:
     """One latent dimension per image of 8x8."""
     return tiny_tokenizer(
         image_size=4,
@@ -271,7 +271,7 @@ def test_codes_are_sampled_by_their_posterior_and_have_its_probability(images):
 def test_a_conditional_prior_of_latents_is_given_its_captions(images):
     tokenizer = gaussian_tokenizer()
     config = LatentPriorConfig(kind="mixture", components=4, context_features=3)
-    prior = LatentPriorModel(config, 1, text_vocab_size=4).eval()
+    prior = LatentPriorModule(config, 1, text_vocab_size=4).eval()
     with torch.no_grad():
         for parameter in prior.parameters():  # no layer starts as one that ignores its input
             parameter.normal_(generator=torch.Generator().manual_seed(0))

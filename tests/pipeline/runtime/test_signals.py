@@ -18,7 +18,7 @@ from pipeline.runtime.signals import TrainingInterrupted, catch_signals, interru
 from pipeline.stages import encode
 from pipeline.training import trainer
 from pipeline.training.checkpoint import newest_checkpoint
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from tests.helpers.signals import send
 from tests.helpers.training import train
 
@@ -208,7 +208,7 @@ def test_interruption_message_names_the_command_to_resume(
     assert "resuming from" in capsys.readouterr().out
     assert main([*arguments, "--name", "whole"]) == 0
     one, two = (
-        ImageTokenizer.from_pretrained(tmp_path / "runs" / name / "tokenizer").fingerprint
+        TokenizerModule.from_pretrained(tmp_path / "runs" / name / "tokenizer").fingerprint
         for name in ("my run", "whole")
     )
     assert one == two and not list((tmp_path / "runs").glob("*/.lock"))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
-from stage2_prior import ImagePrior
+from stage2_prior import PriorModule
 from tests.helpers.cli import fails
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ def test_whole_run_in_any_order(tiny_yaml, tmp_path, capsys):
     arguments = ["--config", str(tiny_yaml), *ANY_ORDER]
     assert main(["run", *arguments]) == 0, capsys.readouterr().err
     folder = tmp_path / "runs" / "tiny"
-    prior = ImagePrior.from_pretrained(folder / "bundle" / "prior")
+    prior = PriorModule.from_pretrained(folder / "bundle" / "prior")
     assert (prior.config.trained_order, prior.config.trained_image_first, prior.kv_heads) == (
         "random",
         True,
@@ -80,7 +80,7 @@ def test_an_interrupted_run_in_any_order_ends_as_an_uninterrupted_one(tiny_yaml,
     ]
     assert main(["run", *arguments]) == 0, capsys.readouterr().err
     prior = tmp_path / "runs" / "tiny" / "prior"
-    whole = ImagePrior.from_pretrained(prior).state_dict()
+    whole = PriorModule.from_pretrained(prior).state_dict()
     # As if it had been killed after the fourth step.
     shutil.rmtree(prior / "checkpoints" / "step-6")
     (prior / "model.safetensors").unlink()
@@ -88,7 +88,7 @@ def test_an_interrupted_run_in_any_order_ends_as_an_uninterrupted_one(tiny_yaml,
     (prior / "settings.json").write_text(json.dumps({"format": 1, "settings": written["settings"]}))
     assert main(["train-prior", *arguments]) == 0
     assert "resuming from" in capsys.readouterr().out
-    again = ImagePrior.from_pretrained(prior).state_dict()
+    again = PriorModule.from_pretrained(prior).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in whole.items())
 
 

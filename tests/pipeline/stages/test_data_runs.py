@@ -12,7 +12,7 @@ import yaml
 
 from pipeline.cli.main import main
 from pipeline.data.codes.dataset import CodesDataset
-from stage1_tokenizer import ImageTokenizer, to_model_range
+from stage1_tokenizer import TokenizerModule, to_model_range
 from tests.helpers.cli import fails
 from tests.helpers.data import encoded, photo, write_shards
 from tests.helpers.experiments import TINY
@@ -104,7 +104,7 @@ def test_whole_run_on_a_mixture_of_a_stream_and_a_folder(sources, tmp_path):
         first.startswith("number") and own[0].startswith("own") and own[1].startswith("the other")
     )
     views = [codes.codes(range(len(codes)), [view] * len(codes)) for view in range(3)]
-    tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = TokenizerModule.from_pretrained(folder / "tokenizer")
     from pipeline.config.load import load_experiment
     from pipeline.data.load import load_source
 

@@ -18,7 +18,7 @@ from pipeline.cli.main import main
 from pipeline.data.builtin.shapes_captions import ShapesSource
 from pipeline.data.codes.dataset import CodesDataset, read_manifest
 from pipeline.stages import captions, encode
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from stage2_prior import TextTokenizer
 from tests.helpers.cli import fails
 from tests.helpers.launch import launch, torchrun, worker_environment
@@ -124,14 +124,14 @@ def test_failed_encoding_resumes(unfinished, uninterrupted, command, capsys):
 DIES = """
 import os, signal, sys
 from pipeline import cli
-from stage1_tokenizer import ImageTokenizer
-encode, calls = ImageTokenizer.encode, []
+from stage1_tokenizer import TokenizerModule
+encode, calls = TokenizerModule.encode, []
 def dies(self, pixels):
     calls.append(1)
     if len(calls) == 5 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return encode(self, pixels)
-ImageTokenizer.encode = dies
+TokenizerModule.encode = dies
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -252,12 +252,12 @@ def whole_elsewhere(command, uninterrupted, tmp_path) -> list[str]:
 
 
 def test_another_tokenizer_is_refused(unfinished, whole_elsewhere, command, tmp_path, capsys):
-    made = ImageTokenizer.from_pretrained(tmp_path / "tiny" / "tokenizer")
+    made = TokenizerModule.from_pretrained(tmp_path / "tiny" / "tokenizer")
     before = made.fingerprint
     next(made.parameters()).data.add_(1)
     for folder in (tmp_path, tmp_path / "whole"):
         made.save_pretrained(folder / "tiny" / "tokenizer")
-    now = ImageTokenizer.from_pretrained(tmp_path / "tiny" / "tokenizer").fingerprint
+    now = TokenizerModule.from_pretrained(tmp_path / "tiny" / "tokenizer").fingerprint
     for again in (command, whole_elsewhere):
         fails(capsys, again, f"made with something else (tokenizer {before} -> {now})")
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.cli.main import main
 from pipeline.data.codes.dataset import CodesDataset
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from tests.helpers.cli import fails
 from tests.helpers.data import encoded as small_image
 from tests.helpers.data import write_shard
@@ -67,7 +67,7 @@ def test_parquet_export_has_codes_and_captions(finished_run, encoded):
     ]
     assert (
         manifest["tokenizer"]
-        == ImageTokenizer.from_pretrained(finished_run[1] / "tokenizer").fingerprint
+        == TokenizerModule.from_pretrained(finished_run[1] / "tokenizer").fingerprint
     )
     named = [file["name"] for files in manifest["files"].values() for file in files]
     assert sorted(p.name for p in folder.iterdir()) == sorted(["codes.json", *named])
@@ -141,7 +141,7 @@ def test_any_tokenizer_encodes_any_source(finished_run, tmp_path):
         and sum(manifest["rows"].values()) == 12
     )
     table = pq.read_table(out / manifest["files"]["train"][0]["name"]).to_pydict()
-    tokenizer = ImageTokenizer.from_pretrained(run / "tokenizer")
+    tokenizer = TokenizerModule.from_pretrained(run / "tokenizer")
     images = [Image.open(tmp_path / "own" / f"{text.split()[1]}.png") for text in table["text"]]
     same = (tokenizer.to_codes(images).flatten(1) == torch.tensor(table["codes"])).float().mean()
     assert same > 0.8  # bf16 may turn a near tie

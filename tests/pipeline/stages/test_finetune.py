@@ -30,8 +30,8 @@ from pipeline.evaluation.forgetting import NEW, OLD
 from pipeline.stages.finetune import LoRAAdapter, check_init_from, new_tokenizer
 from pipeline.stages.manifest import read_settings
 from pipeline.training import trainer
-from stage1_tokenizer import ImageTokenizer, VectorOptions, to_model_range
-from stage2_prior import ImagePrior, PriorObjective, PriorObjectiveConfig, TextTokenizer
+from stage1_tokenizer import TokenizerModule, VectorOptions, to_model_range
+from stage2_prior import PriorModule, PriorObjective, PriorObjectiveConfig, TextTokenizer
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
 from tests.helpers.launch import CHECK, launch
@@ -87,8 +87,8 @@ def encoded(same, tmp_path) -> tuple[list[str], Path]:
 def test_model_and_text_settings_are_inherited(same, bundle):
     experiment = load_experiment(same)
     tokenizer, prior = (
-        ImageTokenizer.from_pretrained(bundle / "tokenizer"),
-        ImagePrior.from_pretrained(bundle / "prior"),
+        TokenizerModule.from_pretrained(bundle / "tokenizer"),
+        PriorModule.from_pretrained(bundle / "prior"),
     )
     assert experiment.tokenizer.model == tokenizer.own_config and experiment.data.image_size == 32
     assert (
@@ -169,10 +169,10 @@ def test_weights_can_be_started_from_with_another_dropout(bundle, tmp_path):
 
 
 def test_of_a_prior_with_a_text_encoder_no_text_is_modelled_either(bundle, tmp_path):
-    origin = ImagePrior.from_pretrained(bundle / "prior")
+    origin = PriorModule.from_pretrained(bundle / "prior")
     shutil.copytree(bundle, tmp_path / "other")
     model = replace(origin.model_config, text_depth=1)
-    ImagePrior(model, origin.stream.config).save_pretrained(tmp_path / "other/prior")
+    PriorModule(model, origin.stream.config).save_pretrained(tmp_path / "other/prior")
     experiment = load_experiment(settings(tmp_path, tmp_path / "other"))
     assert experiment.prior.model.text_depth == 1
     assert experiment.prior.objective.text_weight == 0
@@ -249,16 +249,16 @@ def test_finetuning_starts_where_the_bundle_ended(encoded, bundle, finished_run)
     anything is learned."""
     arguments, folder = encoded
     assert (
-        ImageTokenizer.from_pretrained(folder / "tokenizer").fingerprint
-        == ImageTokenizer.from_pretrained(bundle / "tokenizer").fingerprint
+        TokenizerModule.from_pretrained(folder / "tokenizer").fingerprint
+        == TokenizerModule.from_pretrained(bundle / "tokenizer").fingerprint
     )
     assert main(["train-prior", *arguments, *STILL]) == 0
     old, new = (read_settings(run / "prior")["held_out"] for run in (finished_run[1], folder))
     for name, value in old.items():
         assert new[name] == pytest.approx(value, abs=1e-5)
     before, after = (
-        ImagePrior.from_pretrained(bundle / "prior"),
-        ImagePrior.from_pretrained(folder / "prior"),
+        PriorModule.from_pretrained(bundle / "prior"),
+        PriorModule.from_pretrained(folder / "prior"),
     )
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
@@ -303,14 +303,14 @@ def test_a_tokenizer_that_is_trained_further_starts_from_the_weights(same, tmp_p
     ]
     assert main(["train-tokenizer", *same, *free, *still]) == 0
     old, new = (
-        ImageTokenizer.from_pretrained(bundle / "tokenizer"),
-        ImageTokenizer.from_pretrained(tmp_path / "runs" / "tuned" / "tokenizer"),
+        TokenizerModule.from_pretrained(bundle / "tokenizer"),
+        TokenizerModule.from_pretrained(tmp_path / "runs" / "tuned" / "tokenizer"),
     )
     for name, parameter in old.named_parameters():
         torch.testing.assert_close(new.get_parameter(name), parameter)
     assert main(["train-tokenizer", *same, *free, "--name", "further"]) == 0
     assert (
-        ImageTokenizer.from_pretrained(tmp_path / "runs" / "further" / "tokenizer").fingerprint
+        TokenizerModule.from_pretrained(tmp_path / "runs" / "further" / "tokenizer").fingerprint
         != old.fingerprint
     )
 
@@ -419,8 +419,8 @@ def test_lora_trains_only_the_adapter_and_merges_exactly(bundle, tmp_path):
     from accelerate import Accelerator
 
     prior, plain = (
-        ImagePrior.from_pretrained(bundle / "prior"),
-        ImagePrior.from_pretrained(bundle / "prior"),
+        PriorModule.from_pretrained(bundle / "prior"),
+        PriorModule.from_pretrained(bundle / "prior"),
     )
     adapter = LoRAAdapter(
         prior, PriorSection(init_from="x", lora_rank=2), {"prior": prior.fingerprint}
@@ -451,13 +451,13 @@ def test_missing_peft_is_reported(bundle, monkeypatch):
         ValueError, match=r"prior\.lora_rank is 2, which needs peft; pip install peft"
     ):
         LoRAAdapter(
-            ImagePrior.from_pretrained(bundle / "prior"),
+            PriorModule.from_pretrained(bundle / "prior"),
             PriorSection(init_from="x", lora_rank=2),
             {"prior": "x"},
         )
 
 
-def adapted(peft_model, prior: ImagePrior, folder: Path, fed) -> torch.Tensor:
+def adapted(peft_model, prior: PriorModule, folder: Path, fed) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft_model.from_pretrained(prior, folder)
@@ -486,7 +486,8 @@ def test_killed_lora_run_ends_as_an_uninterrupted_one(encoded, bundle, monkeypat
     monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", step)
     assert main(again) == 0
     before, whole, cut = (
-        ImagePrior.from_pretrained(f) for f in (bundle / "prior", folder / "prior", other / "prior")
+        PriorModule.from_pretrained(f)
+        for f in (bundle / "prior", folder / "prior", other / "prior")
     )
     assert whole.fingerprint == cut.fingerprint
     changed = {
@@ -606,8 +607,8 @@ def test_new_tokens_start_as_the_mean_of_their_pieces(encoded, bundle, capsys):
     )
     assert "5 entries more, into" in capsys.readouterr().out
     before, after = (
-        ImagePrior.from_pretrained(bundle / "prior"),
-        ImagePrior.from_pretrained(folder / "prior"),
+        PriorModule.from_pretrained(bundle / "prior"),
+        PriorModule.from_pretrained(folder / "prior"),
     )
     assert (
         after.stream.text_vocab_size == before.stream.text_vocab_size + 5
@@ -669,7 +670,7 @@ def test_forgetting_compares_bundles_with_other_tokenizers(tmp_path, bundle, fin
     """A run that was not started from it: `evaluate --baseline-bundle`."""
     path, folder = finished_run
     other = Path(shutil.copytree(folder, tmp_path / "runs" / "tiny"))
-    tokenizer = ImageTokenizer.from_pretrained(bundle / "tokenizer")
+    tokenizer = TokenizerModule.from_pretrained(bundle / "tokenizer")
     with torch.no_grad():
         next(tokenizer.decoder.parameters()).mul_(0.5)
     shutil.rmtree(other / "bundle" / "tokenizer")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline import TextToImagePipeline
 from pipeline.cli.main import main
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from tests.helpers.cli import fails
 from tests.helpers.pipelines import tiny_pipeline
 from tests.helpers.tokenizers import tiny_tokenizer
@@ -39,7 +39,7 @@ def test_gaussian_tokenizer_trains_and_reconstructs(options, tiny_yaml, tmp_path
     assert held_out["elbo"] == -(held_out["nll"] + held_out["kl"])
     assert not any(name.startswith(("codebook", "dead", "distinct")) for name in held_out)
     assert (tmp_path / "runs" / "tiny" / "samples" / "reconstructions.png").is_file()
-    assert ImageTokenizer.from_pretrained(folder).latent_dim == {2: 64, 4: 64}[len(options)]
+    assert TokenizerModule.from_pretrained(folder).latent_dim == {2: 64, 4: 64}[len(options)]
     before = (folder / "model.safetensors").stat().st_mtime_ns
     assert main([*command, "--tokenizer.train.save_best", "true"]) == 0
     assert (folder / "model.safetensors").stat().st_mtime_ns == before

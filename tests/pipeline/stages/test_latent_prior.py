@@ -25,8 +25,8 @@ from pipeline.data.readers.base import NoCaptions
 from pipeline.stages import latent_prior
 from pipeline.stages.sources import sources_of
 from pipeline.training.trainer import Trainer
-from stage1_tokenizer import ImageTokenizer, to_model_range
-from stage2_prior import LatentPriorModel
+from stage1_tokenizer import TokenizerModule, to_model_range
+from stage2_prior import LatentPriorModule
 from tests.helpers.cli import fails
 from tests.helpers.data import encoded
 from tests.helpers.experiments import TINY
@@ -149,7 +149,7 @@ def test_a_killed_prior_ends_as_an_uninterrupted_one(kind, tmp_path, monkeypatch
         "train": {"optimizer": "muon", "save_best": True},
     }
     whole = with_tokenizer(tiny_values(tmp_path / "whole", **options))
-    before = ImageTokenizer.from_pretrained(whole.folder / "tokenizer").fingerprint
+    before = TokenizerModule.from_pretrained(whole.folder / "tokenizer").fingerprint
     pipeline.train_prior(whole)
     parts = with_tokenizer(tiny_values(tmp_path / "parts", **options))
     step = Trainer.train_step
@@ -169,7 +169,7 @@ def test_a_killed_prior_ends_as_an_uninterrupted_one(kind, tmp_path, monkeypatch
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert held_out(whole.folder / "prior") == held_out(parts.folder / "prior")
-    assert ImageTokenizer.from_pretrained(whole.folder / "tokenizer").fingerprint == before
+    assert TokenizerModule.from_pretrained(whole.folder / "tokenizer").fingerprint == before
 
 
 @pytest.mark.parametrize("kind", ["standard", "aggregated", "mixture"])
@@ -209,9 +209,9 @@ def test_a_joint_prior_is_trained_with_the_tokenizer_and_delivered(tmp_path):
     tokenizer = pipeline.train_tokenizer(experiment)
     weights = load_file(tokenizer / "checkpoints" / "step-6" / "weights.safetensors")
     assert any(name.startswith("latent_prior.") for name in weights)
-    trained = LatentPriorModel.from_pretrained(tokenizer / "latent_prior")
+    trained = LatentPriorModule.from_pretrained(tokenizer / "latent_prior")
     delivered = pipeline.train_prior(experiment)
-    assert LatentPriorModel.from_pretrained(delivered).fingerprint == trained.fingerprint
+    assert LatentPriorModule.from_pretrained(delivered).fingerprint == trained.fingerprint
     assert not (delivered / "checkpoints").exists()
     # The tokenizer's own bound is that of this prior.
     evaluated = pipeline.evaluate(pipeline.assemble_bundle(experiment), experiment, images=10)

@@ -15,7 +15,7 @@ from pipeline.cli.main import main
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.config.load import load_experiment
 from pipeline.stages.manifest import StageRun, read_settings
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_stage_is_complete_once_it_is_finalized(experiment):
     run.begin()
     assert read_settings(run.folder)["settings"] == run.settings
     assert not stage_run(experiment).is_complete()
-    run.finalize(ImageTokenizer(experiment.tokenizer.model), {"nll": 1.0, "broken": float("nan")})
+    run.finalize(TokenizerModule(experiment.tokenizer.model), {"nll": 1.0, "broken": float("nan")})
     assert read_settings(run.folder)["held_out"] == {"nll": 1.0}
     assert stage_run(experiment).is_complete()
 
@@ -42,7 +42,7 @@ def test_a_stage_is_complete_once_it_is_finalized(experiment):
 def test_a_complete_stage_allows_what_changes_no_weight_and_refuses_the_rest(experiment):
     run = stage_run(experiment)
     run.begin()
-    run.finalize(ImageTokenizer(experiment.tokenizer.model), {})
+    run.finalize(TokenizerModule(experiment.tokenizer.model), {})
     assert stage_run(experiment, log_every=7, eval_every=1).is_complete()
     assert not stage_run(experiment, steps=100).is_complete()
     for other, name in (
@@ -61,7 +61,7 @@ def test_a_stage_made_before_a_setting_existed_has_its_default(experiment):
     train = experiment.tokenizer.train
     run = StageRun(experiment, "tokenizer", train, inputs)
     run.begin()
-    run.finalize(ImageTokenizer(experiment.tokenizer.model), {})
+    run.finalize(TokenizerModule(experiment.tokenizer.model), {})
     settings = run.folder / "settings.json"
     settings.write_text(settings.read_text().replace('"ema_decay"', '"unknown"'))
     assert StageRun(experiment, "tokenizer", train, {"model": model}).is_complete()
@@ -83,7 +83,7 @@ def test_data_are_known_by_their_images_and_not_by_their_path(experiment):
 
     run = of([1000, 10])
     run.begin()
-    run.finalize(ImageTokenizer(experiment.tokenizer.model), {})
+    run.finalize(TokenizerModule(experiment.tokenizer.model), {})
     assert of([1000, 10], data={**data, "source": "/moved/there"}).is_complete()
     assert of([1000, 10], data={**data, "split_column": "none"}).is_complete()
     newer = of([1000, 10], images=["other", "b"])
@@ -110,7 +110,7 @@ def test_data_inside_recorded_codes_are_known_by_their_images_too(experiment):
     train = experiment.tokenizer.train
     run = StageRun(experiment, "tokenizer", train, {"codes": codes})
     run.begin()
-    run.finalize(ImageTokenizer(experiment.tokenizer.model), {})
+    run.finalize(TokenizerModule(experiment.tokenizer.model), {})
     moved = {**codes, "settings": {"data": {"source": "there", "mix": []}}}
     assert StageRun(experiment, "tokenizer", train, {"codes": moved}).is_complete()
     other = {**codes, "sources": {"train": "b"}}
@@ -163,7 +163,7 @@ def test_a_backup_of_other_settings_is_reported_with_both_values(experiment, cap
     run = stage_run(experiment)
     run.begin()
     before_metrics = (run.folder / "settings.backup.json").read_text()
-    run.finalize(ImageTokenizer(experiment.tokenizer.model), {"nll": 1.0})
+    run.finalize(TokenizerModule(experiment.tokenizer.model), {"nll": 1.0})
     (run.folder / "settings.backup.json").write_text(before_metrics)
     settings = run.folder / "settings.json"
     assert stage_run(experiment).is_complete() and not caplog.messages
@@ -200,7 +200,7 @@ def test_settings_of_another_type_are_restored_from_the_backup(experiment, caplo
     inputs = {"data": {"mix": []}, "codes": {"tokenizer": "a"}, "seed": 0}
     run = StageRun(experiment, "tokenizer", experiment.tokenizer.train, inputs)
     run.begin()
-    run.finalize(ImageTokenizer(experiment.tokenizer.model), {"nll": 1.0})
+    run.finalize(TokenizerModule(experiment.tokenizer.model), {"nll": 1.0})
     path = run.folder / "settings.json"
     content = json.loads(path.read_text())
     *outer, last = place.split(".")
@@ -216,5 +216,5 @@ def test_numbers_of_an_attempt_that_made_nothing_hold_for_the_same_inputs_alone(
     run.begin()
     assert stage_run(experiment, batch_size="auto").train.batch_size == 1024
     assert stage_run(experiment, seed=1, batch_size="auto").train.batch_size == "auto"
-    run.finalize(ImageTokenizer(experiment.tokenizer.model), {})
+    run.finalize(TokenizerModule(experiment.tokenizer.model), {})
     assert stage_run(experiment, seed=1, batch_size="auto").train.batch_size == 1024

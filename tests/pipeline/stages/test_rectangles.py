@@ -20,7 +20,7 @@ from pipeline.doctor.diagnose import diagnose
 from pipeline.doctor.suggest_config import as_yaml
 from pipeline.stages.estimate import estimate
 from pipeline.stages.finetune import parent_bundle
-from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import TokenizerModule
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
 from tests.helpers.pipelines import tiny_pipeline
@@ -141,7 +141,7 @@ def test_a_frozen_square_tokenizer_makes_codes_of_rectangles(square, images, tmp
     assert main(["train-tokenizer", *arguments]) == 0  # the copy is found again
     pipe = TextToImagePipeline.from_pretrained(tmp_path / "runs" / "frozen" / "bundle")
     assert pipe.tokenizer.size == (32, 48) and pipe.prior.stream.image_length == 8 * 12
-    weights = ImageTokenizer.from_pretrained(square / "tokenizer").state_dict()
+    weights = TokenizerModule.from_pretrained(square / "tokenizer").state_dict()
     assert all(torch.equal(weights[k], v) for k, v in pipe.tokenizer.state_dict().items())
     # The bundle of squares is no base to measure forgetting by.
     assert parent_bundle(experiment) is None
@@ -152,7 +152,7 @@ def test_a_tokenizer_is_trained_further_on_rectangles(square, images, tmp_path):
     section = frozen(square) | {"frozen": False}
     arguments = write_yaml(tmp_path, images, tokenizer=section, name="further")
     assert main(["train-tokenizer", *arguments, "--tokenizer.train.steps", "2"]) == 0
-    assert ImageTokenizer.from_pretrained(tmp_path / "runs/further/tokenizer").size == (32, 48)
+    assert TokenizerModule.from_pretrained(tmp_path / "runs/further/tokenizer").size == (32, 48)
 
 
 def test_what_fits_one_size_is_refused_at_another(square, images, tmp_path, capsys):

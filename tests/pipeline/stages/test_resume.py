@@ -16,8 +16,8 @@ from pipeline.cli.main import main
 from pipeline.config.load import load_experiment
 from pipeline.stages.run import assemble_bundle
 from pipeline.training import trainer
-from stage1_tokenizer import ImageTokenizer
-from stage2_prior import ImagePrior, TextTokenizer
+from stage1_tokenizer import TokenizerModule
+from stage2_prior import PriorModule, TextTokenizer
 from tests.helpers.cli import fails
 from tests.helpers.experiments import TINY
 
@@ -65,7 +65,7 @@ def test_finished_stage_accepts_more_steps_only(run, capsys):
         ["train-prior", *arguments, "--prior.train.steps", "4"],
         "made with other settings (train.steps)",
     )
-    before = ImagePrior.from_pretrained(folder / "prior").fingerprint
+    before = PriorModule.from_pretrained(folder / "prior").fingerprint
     assert (
         main(
             [
@@ -79,9 +79,9 @@ def test_finished_stage_accepts_more_steps_only(run, capsys):
         )
         == 0
     )
-    assert ImagePrior.from_pretrained(folder / "prior").fingerprint == before
+    assert PriorModule.from_pretrained(folder / "prior").fingerprint == before
     assert main(["train-prior", *arguments, "--prior.train.steps", "8"]) == 0
-    assert ImagePrior.from_pretrained(folder / "prior").fingerprint != before
+    assert PriorModule.from_pretrained(folder / "prior").fingerprint != before
     assert "resuming from" in capsys.readouterr().out
 
 
@@ -122,8 +122,8 @@ def test_a_killed_prior_ends_as_an_uninterrupted_one(run, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", step)
     assert main(again) == 0
     assert (
-        ImagePrior.from_pretrained(other / "prior").fingerprint
-        == ImagePrior.from_pretrained(folder / "prior").fingerprint
+        PriorModule.from_pretrained(other / "prior").fingerprint
+        == PriorModule.from_pretrained(folder / "prior").fingerprint
     )
 
 
@@ -200,7 +200,7 @@ def test_a_killed_tokenizer_ends_as_an_uninterrupted_one(tiny_yaml, tmp_path, mo
             monkeypatch.setattr("pipeline.training.trainer.Trainer.train_step", step)
         assert main(arguments) == 0
         fingerprints.append(
-            ImageTokenizer.from_pretrained(tmp_path / "runs" / name / "tokenizer").fingerprint
+            TokenizerModule.from_pretrained(tmp_path / "runs" / name / "tokenizer").fingerprint
         )
         weights = load_file(
             tmp_path
@@ -308,7 +308,7 @@ def test_another_optimizer_after_a_kill_is_refused(run, capsys):
     "where",
     [
         "pipeline.training.checkpoint.save_file",
-        "stage1_tokenizer.model.ImageTokenizer.save_pretrained",
+        "stage1_tokenizer.model.TokenizerModule.save_pretrained",
     ],
 )
 def test_full_disk_is_reported_and_the_last_checkpoint_kept(run, capsys, monkeypatch, where):
@@ -328,7 +328,7 @@ def test_full_disk_is_reported_and_the_last_checkpoint_kept(run, capsys, monkeyp
     assert (checkpoints / "step-6" / "state.json").is_file() and not list(checkpoints.glob(".*"))
     monkeypatch.undo()
     assert main(["train-tokenizer", *arguments, "--tokenizer.train.steps", "8"]) == 0
-    assert ImageTokenizer.from_pretrained(folder / "tokenizer")
+    assert TokenizerModule.from_pretrained(folder / "tokenizer")
 
 
 def test_missing_or_truncated_manifests_are_named(run, capsys):

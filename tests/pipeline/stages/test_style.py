@@ -29,7 +29,7 @@ from pipeline.stages.style import (
     style_experiment,
     with_new_style,
 )
-from stage2_prior import ImagePrior, PriorConfig
+from stage2_prior import PriorConfig, PriorModule
 from tests.helpers.cli import fails
 from tests.helpers.icons import body, write_set
 from tests.helpers.pipelines import tiny_latent_pipeline, tiny_pipeline
@@ -67,7 +67,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = plain.text
     stream = stream_config(plain.tokenizer, text.vocab_size, text.length, any_order=False)
     torch.manual_seed(0)
-    prior = ImagePrior(PriorConfig(width=32, depth=1, heads=2), stream)
+    prior = PriorModule(PriorConfig(width=32, depth=1, heads=2), stream)
     with torch.no_grad():
         for parameter in prior.parameters():  # new ones have zeros, which pass no gradient
             if parameter.ndim == 2:

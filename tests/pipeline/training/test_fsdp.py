@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.cli.main import main
-from stage2_prior import ImagePrior
+from stage2_prior import PriorModule
 from tests.helpers.launch import CHECK, launch, settings
 
 pytestmark = pytest.mark.distributed
@@ -80,7 +80,7 @@ def test_checkpoints_load_on_another_number_of_processes(command, tmp_path):
     for file in ("step-4/weights", "step-4/ema", "step-8/weights", "step-8/optimizer"):
         same(tmp_path, f"checkpoints/{file}", 1e-5)
     same(tmp_path, "model", 1e-5)
-    ImagePrior.from_pretrained(tmp_path / "runs" / "cut" / "prior")
+    PriorModule.from_pretrained(tmp_path / "runs" / "cut" / "prior")
 
 
 def test_muon_gathers_sharded_matrices(command, tmp_path):

@@ -36,16 +36,16 @@ from pipeline.training.optimizers import optimizers_for
 from pipeline.training.simulated_tensors import simulate_tensors
 from pipeline.training.snapshot import preserve_state
 from stage1_tokenizer import (
-    ImageTokenizer,
     ObjectiveConfig,
     TokenizerConfig,
+    TokenizerModule,
     TokenizerObjective,
     VectorOptions,
 )
 from stage2_prior import (
-    ImagePrior,
     Level,
     PriorConfig,
+    PriorModule,
     PriorObjective,
     PriorObjectiveConfig,
     StreamConfig,
@@ -62,7 +62,7 @@ eager = partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
 def prior(**how: object) -> PriorObjective:
     torch.manual_seed(0)
     return PriorObjective(
-        ImagePrior(PriorConfig(width=32, depth=2, heads=2), STREAM).train(),
+        PriorModule(PriorConfig(width=32, depth=2, heads=2), STREAM).train(),
         PriorObjectiveConfig(**how),
     )
 
@@ -89,7 +89,7 @@ def tokenizer(num_codes: int = 16, **vq: object) -> TokenizerObjective:
         "code_dim": 4,
     }
     model = TokenizerConfig(num_codes=num_codes, vq=VectorOptions(**vq), **sizes)
-    return TokenizerObjective(ImageTokenizer(model).train(), ObjectiveConfig())
+    return TokenizerObjective(TokenizerModule(model).train(), ObjectiveConfig())
 
 
 def images(count: int) -> torch.Tensor:
@@ -123,7 +123,7 @@ def test_estimated_state_equals_that_of_training(objective, optimizer):
 
 def test_meta_device_gives_the_same_estimate():
     with torch.device("meta"):
-        weightless = ImagePrior(PriorConfig(width=32, depth=2, heads=2), STREAM)
+        weightless = PriorModule(PriorConfig(width=32, depth=2, heads=2), STREAM)
     for config in (PriorTrainConfig(), PriorTrainConfig(optimizer="muon")):
         assert state_bytes({"prior": weightless}, config) == state_bytes(prior().networks, config)
 

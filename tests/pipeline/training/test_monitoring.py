@@ -22,7 +22,7 @@ from pipeline.training.monitoring import (
     nonfinite_message,
 )
 from pipeline.training.task import Task
-from stage1_tokenizer import ImageTokenizer, ObjectiveConfig, TokenizerConfig, TokenizerObjective
+from stage1_tokenizer import ObjectiveConfig, TokenizerConfig, TokenizerModule, TokenizerObjective
 from tests.helpers.training import Line, fit_task, line_task, train
 
 
@@ -151,7 +151,7 @@ def test_skipped_step_restores_buffers(tmp_path, quantizer, where):
         "encoder_depth": 1,
         "decoder_depth": 1,
     }
-    tokenizer = ImageTokenizer(from_dict(TokenizerConfig, {**small, **QUANTIZERS[quantizer]}))
+    tokenizer = TokenizerModule(from_dict(TokenizerConfig, {**small, **QUANTIZERS[quantizer]}))
     discriminator = {"weight": 1.0, "width": 16, "layers": 1, "lecam": 0.1, "start": 0}
     objective = TokenizerObjective(
         tokenizer, from_dict(ObjectiveConfig, {"discriminator": discriminator})

@@ -399,12 +399,12 @@ def test_augmentations_are_repeatable_shifts():
 
 
 def test_muon_gets_inner_matrices_and_adamw_the_rest(tmp_path):
-    from stage2_prior import ImagePrior, Level, PriorConfig, StreamConfig
+    from stage2_prior import Level, PriorConfig, PriorModule, StreamConfig
 
     stream = StreamConfig(
         text_vocab_size=9, text_length=4, levels=(Level(grid=(2, 2), num_codes=5),)
     )
-    prior = ImagePrior(PriorConfig(width=16, depth=2, heads=2), stream)
+    prior = PriorModule(PriorConfig(width=16, depth=2, heads=2), stream)
     optimizers = optimizers_for("prior", prior, TrainConfig(optimizer="muon"))
     inside = {id(p) for o in optimizers["prior/muon"].param_groups for p in o["params"]}
     rest = {id(p) for o in optimizers["prior/adamw"].param_groups for p in o["params"]}
@@ -425,9 +425,9 @@ def test_muon_gets_inner_matrices_and_adamw_the_rest(tmp_path):
 
 
 def test_muon_gets_kernels_but_no_codebook():
-    from stage1_tokenizer import ImageTokenizer, TokenizerConfig, VectorOptions
+    from stage1_tokenizer import TokenizerConfig, TokenizerModule, VectorOptions
 
-    tokenizer = ImageTokenizer(
+    tokenizer = TokenizerModule(
         TokenizerConfig(image_size=32, width=32, num_codes=8, vq=VectorOptions(codebook="gradient"))
     )
     optimizers = optimizers_for("tokenizer", tokenizer, TrainConfig(optimizer="muon"))

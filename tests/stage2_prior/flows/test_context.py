@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stage2_prior import LatentPriorConfig, LatentPriorModel, LatentPriorObjective
+from stage2_prior import LatentPriorConfig, LatentPriorModule, LatentPriorObjective
 from stage2_prior.flows.context import CaptionContext
 from tests.helpers.compiling import traced
 
@@ -16,11 +16,11 @@ CAPTIONS = torch.tensor([[START, 5, 6, END, PAD], [START, 7, 6, END, PAD]])
 NULL = torch.tensor([START, END, PAD, PAD, PAD])
 
 
-def conditional_model(**settings: object) -> LatentPriorModel:
+def conditional_model(**settings: object) -> LatentPriorModule:
     torch.manual_seed(0)
     values = {"kind": "realnvp", "transforms": 2, "width": 16, "context_features": 8} | settings
     config = LatentPriorConfig(**values)  # type: ignore[arg-type]
-    return LatentPriorModel(config, 2, text_vocab_size=10, text_pad_id=PAD)
+    return LatentPriorModule(config, 2, text_vocab_size=10, text_pad_id=PAD)
 
 
 def test_context_is_of_the_ids_without_padding():
@@ -58,14 +58,14 @@ def test_a_conditional_prior_needs_its_context_and_a_vocabulary():
         conditional_model()(torch.randn(2, 2))
     config = LatentPriorConfig(kind="maf", context_features=3)
     with pytest.raises(ValueError, match="built without a vocabulary; give a context to log_prob"):
-        LatentPriorModel(config, 2).encode_text(CAPTIONS)
+        LatentPriorModule(config, 2).encode_text(CAPTIONS)
 
 
 def test_saving_and_loading_keeps_context_and_what_was_trained(tmp_path):
     model = conditional_model(kind="maf")
     LatentPriorObjective(model, NULL, 0.1).record_training()
     model.save_pretrained(tmp_path)
-    again = LatentPriorModel.from_pretrained(tmp_path)
+    again = LatentPriorModule.from_pretrained(tmp_path)
     assert torch.equal(again.encode_text(CAPTIONS), model.encode_text(CAPTIONS))
     assert again.fingerprint == model.fingerprint
     assert again.config.trained_with_caption_dropout
