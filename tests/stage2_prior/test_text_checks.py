@@ -101,6 +101,14 @@ def test_texts_become_the_ids_that_transformers_gives_them_and_back(make, cleans
     ]
 
 
+def test_spaces_are_cleaned_where_the_tokenizer_asks_for_it():
+    words = Tokenizer(models.WordLevel({"a": 0, ".": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, clean_up_tokenization_spaces=True)
+    text = TextTokenizer.from_fast(fast, 9)
+    assert text.decode(text.encode(["a ."])) == ["a."]
+
+
 def test_ids_must_be_those_of_the_vocabulary():
     values = json.loads(TEXT.fast.backend_tokenizer.to_str())
     values["model"]["vocab"]["zz"] = 5000
