@@ -22,7 +22,14 @@ from stage1_tokenizer.convert_checkpoints import Kind, align_state_dict, load_ex
 from stage1_tokenizer.file_checks import StoredTensor, build_config
 from stage1_tokenizer.likelihoods import build_likelihood
 from stage1_tokenizer.networks import build_networks
-from stage1_tokenizer.pixels import check_model_range, from_pil, to_model_range, to_pil, to_uint8
+from stage1_tokenizer.pixels import (
+    check_model_range,
+    from_pil,
+    to_model_range,
+    to_pil,
+    to_uint8,
+    without_haze,
+)
 from stage1_tokenizer.posterior import GaussianPosterior
 from stage1_tokenizer.quantizers import (
     GaussianQuantizer,
@@ -266,10 +273,11 @@ class TokenizerModule(SavedModule):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Codes (B,h,w), or (B,N) of several levels -> the most likely pixels (B,C,H,W) in [-1,1];
-        arguments and errors as in `code_parameters`."""
+        """Codes (B,h,w), or (B,N) of several levels -> the most likely pixels (B,C,H,W) in [-1,1],
+        of four channels as `without_haze`; arguments and errors as in `code_parameters`."""
         self.require_codes("decode")
-        return self.likelihood.image(self.code_parameters(codes, grid)).clamp(-1, 1)
+        pixels = self.likelihood.image(self.code_parameters(codes, grid)).clamp(-1, 1)
+        return without_haze(pixels) if pixels.shape[1] == 4 else pixels
 
     def code_parameters(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Codes (B,h,w), or (B,N) of several levels -> the likelihood's parameters (B,P,H,W),

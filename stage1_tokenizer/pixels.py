@@ -126,6 +126,16 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return values.permute(0, 2, 3, 1)
 
 
+def without_haze(pixels: Tensor) -> Tensor:
+    """float (B,4,H,W) in the model's range, premultiplied -> the same with an alpha of at most
+    8/255 as 0 and of at least 247/255 as 1. Networks are never quite transparent, and programs that
+    drop alpha show such pixels in odd colours."""
+    alpha = pixels[:, 3:]
+    edge = 8.5 / 127.5  # between two values of 8 bits
+    alpha = alpha.masked_fill(alpha > 1 - edge, 1.0).masked_fill(alpha < edge - 1, -1.0)
+    return torch.cat([pixels[:, :3].minimum(alpha), alpha], dim=1)
+
+
 def laid_on_white(pixels: Tensor) -> Tensor:
     """float (B,4,H,W) in the model's range, premultiplied -> (B,3,H,W) on white; other channels as
     they are."""

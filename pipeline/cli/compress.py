@@ -13,7 +13,7 @@ def compress_command(image: tuple[Path, ...], *, bundle: str, out: Path, prompt:
     """Compresses an image without loss: its codes by the prior, its pixels by the decoder.
 
     Args:
-        image: an RGB image of 8 bits, of the bundle's size
+        image: an image of 8 bits, of the bundle's size and channels
         bundle: folder of a bundle, or user/name of the Hub, best with a tokenizer of likelihood
             discretized_logistic
         out: file for the compressed image

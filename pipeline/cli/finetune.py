@@ -12,8 +12,8 @@ from pipeline.cli.log import print_rank0
 def finetune_command(
     *, settings: list[str], bundle: str, data: Path, style: str | None = None
 ) -> None:
-    """Teaches a bundle the style of 20 to 50 drawings, so that it draws other names in it; run
-    again, it resumes. Settings of `minidalle run` may be given, too: --name is the style's.
+    """Trains a bundle on 20 to 50 drawings of a new style, so that other names come nearer to it;
+    run again, it resumes. Settings of `minidalle run` may be given, too: --name is the style's.
 
     Args:
         bundle: folder of a bundle, user/name of the Hub, or icons, which comes with the package

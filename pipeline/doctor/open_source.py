@@ -101,16 +101,19 @@ class CaptionedRows(Rows):
 
 
 class SyntheticRows(Rows):
-    """Images of `shapes` or `emoji`: `train` of training and then those held out."""
+    """Images of `shapes`, `emoji` or `icons`: `train` of training and then those held out."""
 
     def __init__(self, config: DataConfig, most: int) -> None:
         self.name = config.source
         self.columns = ["text"]
         self.tally = SkipCounter()
-        # Repeats of a drawing are no copies.
+        # Repeats of a drawing are no copies, and icons are looked at with their transparency.
         once = replace(config, icons=replace(config.icons, untoned_repeats=1))
+        if config.source == "icons":
+            once = replace(once, alpha="keep")
         self._splits = load_sources(once)
         train, held_out = self._splits
+        self.problems = train.problems
         self.train = min(len(train), most)
         self._held_out = min(len(held_out), most)
         self.first_only = self.train < len(train)

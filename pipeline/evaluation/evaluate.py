@@ -220,7 +220,7 @@ def _warn_of_few(estimates: Mapping[str, Accuracy | Mean]) -> None:
     name, fewest = min(estimates.items(), key=lambda item: item[1].count)
     if fewest.count < ENOUGH:
         _log.warning(
-            "%s is of few images (%s); evaluate on more images, or raise data.val_fraction",
+            "%s is of few images (%s); evaluate on more images, or hold out more",
             name,
             fewest.text(),
         )

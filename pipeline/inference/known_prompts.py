@@ -76,10 +76,14 @@ class KnownPrompts:
     def _name_problem(self, name: str) -> str | None:
         """A line where no set has a name."""
         name = name[:_MAX_LETTERS]
+        bare = _ARTICLE.sub("", name, count=1)
         without_style = [
-            name.removeprefix(f"{style} ") for style in self._styles if name.startswith(f"{style} ")
+            bare.removeprefix(before)
+            for style in self._styles
+            for before in (f"{style} style ", f"{style} ")
+            if bare.startswith(before)
         ]
-        spellings = [name, _ARTICLE.sub("", name, count=1), *without_style]
+        spellings = [name, bare, *without_style]
         if not self.names or any(one in self._names for one in spellings):
             return None
         plain = min(spellings, key=len)

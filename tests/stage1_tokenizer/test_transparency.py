@@ -29,7 +29,7 @@ from stage1_tokenizer import (
 from stage1_tokenizer.code_views import gumbel_views, naive_views
 from stage1_tokenizer.likelihoods import build_likelihood
 from stage1_tokenizer.perceptual import BackboneDistance
-from stage1_tokenizer.pixels import laid_on_white, through_jpeg
+from stage1_tokenizer.pixels import laid_on_white, through_jpeg, without_haze
 from stage1_tokenizer.transparency import (
     as_filterable,
     filtered,
@@ -53,6 +53,27 @@ def premultiplied_images(count: int, side: int = 16, seed: int = 0) -> torch.Ten
     coarse = random.integers(0, 256, (count, 4, 4, 4)).repeat(side // 4, 1).repeat(side // 4, 2)
     coarse[..., 3] = np.where(coarse[..., 3] < 100, 0, coarse[..., 3])
     return torch.from_numpy(premultiplied(coarse.astype(np.uint8)))
+
+
+def test_almost_transparent_and_almost_opaque_pixels_are_cleaned():
+    """Each alpha with a colour as large as it; what lies between stays as it is."""
+    alpha = torch.arange(256, dtype=torch.uint8)
+    images = alpha.repeat(4, 1).T[None, None]
+    cleaned = to_uint8(without_haze(to_model_range(images)))[0, 0]
+    expected = torch.where(alpha <= 8, 0, torch.where(alpha >= 247, 255, alpha))
+    assert cleaned[:, 3].equal(expected)
+    assert cleaned[:, 0].equal(torch.where(alpha <= 8, 0, alpha))
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_decoded_alpha_is_clean_and_other_channels_stay(channels):
+    tokenizer = tiny_tokenizer(channels=channels)
+    codes = torch.arange(12).repeat(2)[:16].reshape(1, 4, 4)
+    shown = tokenizer.likelihood.image(tokenizer.code_parameters(codes)).clamp(-1, 1)
+    shown[:, -1] += torch.linspace(-2, 2, 16)
+    tokenizer.likelihood.image = lambda parameters: shown
+    expected = without_haze(shown.clamp(-1, 1)) if channels == 4 else shown.clamp(-1, 1)
+    assert tokenizer.decode(codes).equal(expected)
 
 
 def test_premultiplied_values_survive_straight_images():

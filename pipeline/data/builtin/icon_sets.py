@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,9 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
     author = info.get("author")
     chars = _beside(path, "chars.json", content.get("chars"))
     place = "chars.json" if path.name == "icons.json" else "`chars`"
-    joined = _joined(prefix, drawings, chars, known, problems, place)
+    hidden = {name for name, icon in icons.items() if isinstance(icon, dict) and icon.get("hidden")}
+    others = hidden | set(drawings) - set(icons)
+    joined = _joined(prefix, drawings, chars, known, problems, place, others)
     return replace(
         joined,
         licence=_title(licence, "spdx") or _title(licence, "title"),
@@ -232,19 +234,21 @@ def _joined(
     known: Mapping[str, str],
     problems: list[str],
     chars_place: str,
+    others: Set[str] = frozenset(),
 ) -> IconSet:
     """A set whose drawings are known by key. Without code points of its own, names are looked up;
     those that are no emoji's are keys themselves.
 
     Args:
         chars_place: where the code points are, or would be, for messages.
+        others: names of drawings that need no code points: aliases, and what the set hides.
     """
     slugs: dict[str, str] = {}  # key -> name in the set
     if chars:
         for points, slug in chars.items():
             if isinstance(slug, str) and slug in drawings:
                 slugs.setdefault(_normal(points), slug)
-        if left_out := sorted(set(drawings) - set(slugs.values())):
+        if left_out := sorted(set(drawings) - set(slugs.values()) - others):
             problems.append(
                 f"{prefix}: {len(left_out)} icons, such as {printable(left_out[0])}, have no code "
                 f"points in {chars_place} and are left out; add them to it"
@@ -255,11 +259,12 @@ def _joined(
                 slugs.setdefault(key, slug)
         found = set(slugs.values())
         unknown = [slug for slug in drawings if slug not in found]
-        if unknown and 2 * len(slugs) >= len(drawings):
+        if slugs:
+            kept = f", such as {printable(unknown[0])}" if unknown else ""
             problems.append(
                 f"{prefix} has no {chars_place}: {len(slugs)} icons are joined with other sets by "
-                f"their names, and {len(unknown)} keep names of their own, such as "
-                f"{printable(unknown[0])}; add {chars_place} if these are emoji"
+                f"their names, and {len(unknown)} keep names of their own{kept}; add "
+                f"{chars_place} if these are emoji"
             )
         slugs |= {slug: slug for slug in unknown}
     return IconSet(

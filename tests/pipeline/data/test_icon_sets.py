@@ -45,6 +45,35 @@ def test_icons_are_known_by_the_code_points_of_the_set(tmp_path):
     ]
 
 
+def test_aliases_and_hidden_icons_need_no_code_points(tmp_path):
+    icons = {"grin": body("red"), "old": body("blue")}
+    aliases = {"smile": {"parent": "grin"}}
+    path = write_set(tmp_path, "some", icons, {"1f600": "grin"}, aliases=aliases)
+    content = json.loads((path / "icons.json").read_text())
+    content["icons"]["old"]["hidden"] = True
+    (path / "icons.json").write_text(json.dumps(content))
+    found = read_set(path, {})
+    assert list(found.drawings) == ["1f600"] and found.problems == []
+
+
+@pytest.mark.parametrize(
+    ("icons", "joined", "kept"),
+    [
+        ({"grinningface": "red"}, 1, "0 keep names of their own"),
+        ({"a": "red", "b": "green", "cook": "blue"}, 1, "2 keep names of their own, such as a"),
+    ],
+    ids=["all known", "few known"],
+)
+def test_a_set_without_code_points_is_told_what_its_names_found(tmp_path, icons, joined, kept):
+    drawings = {name: body(colour) for name, colour in icons.items()}
+    (line,) = read_set(write_set(tmp_path, "own", drawings), key_index(NAMES)).problems
+    assert line.startswith(f"own has no chars.json: {joined} icons are joined") and kept in line
+
+
+def test_a_set_of_no_emoji_needs_no_code_points(tmp_path):
+    assert not read_set(write_set(tmp_path, "mdi", {"a": body("red")}), key_index(NAMES)).problems
+
+
 def test_without_code_points_names_are_looked_up_in_words_and_as_in_unicode(tmp_path):
     icons = {"grinningface": body("red"), "cook": body("blue"), "Alarm-Clock": body("green")}
     path = write_set(tmp_path, "old", {**icons, "bunnyside": body("black")})
@@ -63,7 +92,6 @@ def test_a_set_that_is_no_emoji_keeps_its_own_names(tmp_path):
     )
     found = read_set(path, key_index(NAMES))
     assert found.own_names == {"home": "home", "cog": "cog", "1f9d1-200d-1f373": "cook"}
-    assert not found.problems
 
 
 def test_a_word_of_hexadecimal_letters_is_a_name(tmp_path):

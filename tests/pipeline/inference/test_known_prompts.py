@@ -33,6 +33,8 @@ KNOWN = KnownPrompts(
         "red heart, noto",
         "a red heart in the style of noto",
         "a red heart, in the style of noto",
+        "a noto red heart",
+        "noto style red heart",
         "",
     ],
 )
