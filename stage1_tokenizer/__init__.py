@@ -108,3 +108,7 @@ def __getattr__(name: str) -> Any:
     from stage1_tokenizer import pretrained
 
     return getattr(pretrained, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -82,8 +82,8 @@ class TokenizerModule(SavedModule):
     @classmethod
     def _saved(cls, config: TokenizerConfig | SavedTokenizerConfig) -> SavedTokenizerConfig:
         return (
-            config
-            if isinstance(config, cls.config_class)
+            cls.own_config_of(config)
+            if isinstance(config, SavedTokenizerConfig)
             else cls.config_class(model=asdict(config))
         )
 
@@ -267,7 +267,10 @@ class TokenizerModule(SavedModule):
         if height_and_width(image_size) == self.size:
             return self
         self.own_config.require_resizable(image_size)
-        other = type(self)(replace(self.own_config, image_size=image_size))
+        checked = replace(self.own_config, image_size=image_size).image_size
+        # Its other fields stay as they are: the fingerprint covers them.
+        values = dict(self.config.model or {}) | {"image_size": checked}
+        other = type(self)(self.config_class(model=values))
         other.load_state_dict(self.state_dict())
         return other.to(self.device, self.dtype).train(self.training)
 

@@ -96,3 +96,7 @@ def __getattr__(name: str) -> Any:
     from stage2_prior import pretrained
 
     return getattr(pretrained, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

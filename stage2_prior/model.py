@@ -116,8 +116,8 @@ class PriorModule(SavedModule):
     def _saved(
         cls, model: PriorConfig | SavedPriorConfig, stream: StreamConfig | None
     ) -> SavedPriorConfig:
-        if isinstance(model, cls.config_class):
-            return model
+        if isinstance(model, SavedPriorConfig):
+            return cls.own_config_of(model)
         if stream is None:
             raise ValueError(
                 f"{cls.__name__} needs the stream's shape: {cls.__name__}(PriorConfig(...), "
@@ -159,18 +159,19 @@ class PriorModule(SavedModule):
         self.image_head = CodebookProjection(
             self.stream.num_codes, width, self.stream.config.code_dim
         )
-        # Persistent, so that loading fills them like any weight: transformers builds the model on
-        # the meta device. Computed on the CPU: on the meta device it imports torch's compiler.
-        with torch.device("cpu"):
-            positions = self.stream.coordinates()
-            table = rotary_table(positions, width // heads, self.model_config.rope_base)
-            levels = self.stream.level_index()
-        self.register_buffer("rotary", table)
-        self.register_buffer("slot_level", levels)
+        # Persistent, so that loading replaces them like any weight: models are built on the meta
+        # device first, where there are no values to compute.
+        length = self.stream.length
+        self.register_buffer("rotary", torch.empty(2, length, width // heads))
+        self.register_buffer("slot_level", torch.empty(length, dtype=torch.long))
+        if not self.rotary.is_meta:
+            places = self.stream.coordinates()
+            self.rotary = rotary_table(places, width // heads, self.model_config.rope_base)
+            self.slot_level = self.stream.level_index()
         self.register_buffer(
             "code_vectors", torch.zeros(self.stream.num_codes, self.stream.config.code_dim)
         )
-        self.apply(self._fill)
+        self.apply(self._initialize)
 
     @classmethod
     def check_stored(cls, config: SavedPriorConfig, stored: Mapping[str, StoredTensor]) -> None:
@@ -183,7 +184,7 @@ class PriorModule(SavedModule):
         refuse_larger("positions", length, math.prod(slots.shape) if slots else 0)
 
     @torch.no_grad()
-    def _fill(self, module: nn.Module) -> None:
+    def _initialize(self, module: nn.Module) -> None:
         """Normal with standard deviation width^-1/2. Projections back into the residual stream and
         heads start at zero."""
         if isinstance(module, Projection) and module.starts_at_zero:

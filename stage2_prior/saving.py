@@ -1,6 +1,6 @@
 """How models are saved and loaded: config.json and safetensors, checked before memory is taken, and
 a fingerprint of both. Knows files and configurations; knows no particular model, nor transformers,
-whose import takes longer than to draw an image (transformers_saving.py knows it).
+whose import takes longer than sampling an image (transformers_saving.py knows it).
 
 The other stage has the same file, but for the name of its package: the stages share no package, and
 a test compares the two.
@@ -59,8 +59,8 @@ class SavedConfig:
 
 
 class SavedModule(nn.Module):
-    """A module in files that transformers reads, too. Loading checks every file. The constructor
-    takes a `config_class` alone, too, and makes the parts by `_build`."""
+    """A module that is saved as config.json and model.safetensors, which transformers reads, too.
+    Loading checks both. Besides other arguments, the constructor takes a saved configuration."""
 
     config_class: type[SavedConfig]
     transformers_name: ClassVar[str]
@@ -81,6 +81,15 @@ class SavedModule(nn.Module):
     def _build(self) -> None:
         """Makes the parts that `config` describes."""
         raise NotImplementedError
+
+    @classmethod
+    def own_config_of(cls, config: SavedConfig) -> Any:
+        """A configuration of the same model as this class has it, which may be the module or the
+        model of transformers."""
+        if isinstance(config, cls.config_class):
+            return config
+        fields = (*cls.described_by, *cls.recorded)
+        return cls.config_class(**{name: getattr(config, name) for name in fields})
 
     @property
     def device(self) -> torch.device:

@@ -63,7 +63,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 PAD = "<pad>"
 START = "<start>"
 END = "<end>"
-_ROLES = {"pad": PAD, "bos": START, "eos": END}
+_ROLES = {"pad_token": PAD, "bos_token": START, "eos_token": END}
 
 
 @dataclass(kw_only=True)
@@ -121,48 +121,55 @@ class TextTokenizer:
     """Captions to ids of one length and back.
 
     Args:
-        inside: the tokenizer of `tokenizers`; it gets the tokens that it lacks.
+        backend: the tokenizer of `tokenizers`; it gets the tokens that it lacks.
         roles: what its tokens are for, as `PreTrainedTokenizerFast` takes it: `pad_token`,
             `bos_token`, `eos_token` and others.
         length: text slots.
     """
 
-    def __init__(self, inside: Tokenizer, roles: Mapping[str, Any], length: int) -> None:
-        self.inside = inside
+    def __init__(self, backend: Tokenizer, roles: Mapping[str, Any], length: int) -> None:
+        self.backend = backend
         self.length = length
-        given = {f"{role}_token": token for role, token in _ROLES.items()}
-        self.roles = given | {role: value for role, value in roles.items() if value is not None}
-        if len({self.roles[role] for role in given}) < 3:
+        self.roles = {role: value for role, value in roles.items() if value is not None}
+        self._add_special({role: token for role, token in _ROLES.items() if role not in self.roles})
+        if len({self.roles[role] for role in _ROLES}) < 3:
             # Many Hub tokenizers pad with the end token; the stream must tell them apart.
-            self.roles |= given
-        known = {token.content for token in inside.get_added_tokens_decoder().values()}
+            self._add_special(_ROLES)
+        ids = backend.get_vocab(with_added_tokens=True)
+        self.pad_id, self.start_id, self.end_id = (ids[self.roles[role]] for role in _ROLES)
+
+    def _add_special(self, roles: Mapping[str, str]) -> None:
+        """Gives tokens these roles; adds those that the backend lacks."""
+        self.roles |= roles
+        known = {token.content for token in self.backend.get_added_tokens_decoder().values()}
         tokens = [token for role, token in self.roles.items() if role.endswith("_token")]
-        inside.add_special_tokens(
+        self.backend.add_special_tokens(
             [AddedToken(token, special=True) for token in tokens if token not in known]
         )
-        # A caption that spells "<end>" means these five letters and not the token.
-        inside.encode_special_tokens = True
-        ids = inside.get_vocab(with_added_tokens=True)
-        self.pad_id, self.start_id, self.end_id = (ids[self.roles[role]] for role in given)
 
     @classmethod
     def from_fast(cls, fast: PreTrainedTokenizerFast, length: int) -> TextTokenizer:
         """The same for a fast tokenizer of transformers."""
-        names = ("pad_token", "bos_token", "eos_token", "unk_token")
-        roles = {name: getattr(fast, name) for name in (*names, "clean_up_tokenization_spaces")}
-        return cls(fast.backend_tokenizer, roles, length)
+        roles = {role: token for role, token in fast.special_tokens_map.items() if token}
+        roles = {role: str(token) for role, token in roles.items() if role.endswith("_token")}
+        roles["clean_up_tokenization_spaces"] = fast.clean_up_tokenization_spaces
+        # A copy, since transformers changes its own one with every call
+        backend = Tokenizer.from_str(fast.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        return cls(backend, roles, length)
 
     @cached_property
     def fast(self) -> PreTrainedTokenizerFast:
         """As a tokenizer of transformers."""
-        # Here, since the import takes seconds, and drawing needs none of it
+        # Here, since the import takes seconds, and sampling does without it
         from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast(tokenizer_object=self.inside, **self.roles)
+        return PreTrainedTokenizerFast(tokenizer_object=self.backend, **self.roles)
 
     def with_length(self, length: int) -> TextTokenizer:
         """The same with another number of text slots."""
-        return TextTokenizer(self.inside, self.roles, length)
+        return TextTokenizer(self.backend, self.roles, length)
 
     @classmethod
     def from_config(cls, config: TextConfig, captions: Iterable[str]) -> TextTokenizer:
@@ -220,7 +227,7 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self.inside.get_vocab_size(with_added_tokens=True)
+        return self.backend.get_vocab_size(with_added_tokens=True)
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         """Slots each caption needs, start and end token included."""
@@ -276,14 +283,15 @@ class TextTokenizer:
         Raises:
             ValueError: the tokenizer is no byte-level BPE.
         """
-        inside = self.inside
+        backend = self.backend
         caption = caption.strip()
-        if inside.pre_tokenizer is None:
+        if backend.pre_tokenizer is None:
             raise ValueError(
                 "the text tokenizer does not say what its words are; use a byte-level BPE tokenizer"
             )
-        normal = inside.normalizer.normalize_str(caption) if inside.normalizer else caption
-        return [word for word, _ in inside.pre_tokenizer.pre_tokenize_str(normal)] if normal else []
+        normal = backend.normalizer.normalize_str(caption) if backend.normalizer else caption
+        split = backend.pre_tokenizer.pre_tokenize_str
+        return [word for word, _ in split(normal)] if normal else []
 
     def _pieces(self, word: str, dropout: float, random: np.random.Generator) -> list[int]:
         vocabulary, ranks = self._merges
@@ -304,8 +312,8 @@ class TextTokenizer:
     @cached_property
     def _merges(self) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
         """The vocabulary by id, and the rank of each pair that is merged, the first first."""
-        model = json.loads(self.inside.to_str())["model"]
-        if model["type"] != "BPE" or self.inside.pre_tokenizer is None:
+        model = json.loads(self.backend.to_str())["model"]
+        if model["type"] != "BPE" or self.backend.pre_tokenizer is None:
             raise ValueError(
                 "text.bpe_dropout, or text.num_new_tokens, needs a byte-level BPE tokenizer, and "
                 f"this one is {model['type']}; set both "
@@ -362,16 +370,16 @@ class TextTokenizer:
             spelled.setdefault(joined, spelled[best[0]] + spelled[best[1]])
             for pieces in split.values():
                 _merge(pieces, best)
-        inside = json.loads(self.inside.to_str())
-        inside["model"] |= {"vocab": vocabulary, "merges": [list(pair) for pair in merges]}
-        larger = TextTokenizer(Tokenizer.from_str(json.dumps(inside)), self.roles, self.length)
+        described = json.loads(self.backend.to_str())
+        described["model"] |= {"vocab": vocabulary, "merges": [list(pair) for pair in merges]}
+        larger = TextTokenizer(Tokenizer.from_str(json.dumps(described)), self.roles, self.length)
         return larger, [spelled[piece] for piece in list(vocabulary)[len(old) :]]
 
     def decode(self, ids: Tensor) -> list[str]:
         """(B,T) -> captions, special tokens left out."""
-        # Cleaning the spaces of other tokenizers is transformers' own.
+        # transformers removes spaces before punctuation where a tokenizer asks for it.
         cleans = self.roles.get("clean_up_tokenization_spaces")
-        decode = self.fast.batch_decode if cleans else self.inside.decode_batch
+        decode = self.fast.batch_decode if cleans else self.backend.decode_batch
         return [text.strip() for text in decode(ids.tolist(), skip_special_tokens=True)]
 
     def token_ids(self, captions: Sequence[str]) -> list[list[int]]:
@@ -386,7 +394,10 @@ class TextTokenizer:
                 raise ValueError(
                     f"the caption {text[:80]!a} is not UTF-8; give it in that encoding"
                 )
-        return [row.ids for row in self.inside.encode_batch(texts, add_special_tokens=False)]
+        # A caption that spells "<end>" means these five letters and not the token. Copies of the
+        # backend do not keep this.
+        self.backend.encode_special_tokens = True
+        return [row.ids for row in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer as transformers does, its text length and its hash into a folder."""
@@ -406,7 +417,7 @@ class TextTokenizer:
             length = convert(described["length"], int, f"{path}: length")
             if not 3 <= length <= _MAX_LENGTH:
                 raise ValueError(f"its length is {length}, and is from 3 to {_MAX_LENGTH}")
-            inside, roles = load_tokenizer(folder)
+            backend, roles = load_tokenizer(folder)
             if described.get("sha256") not in (None, _hash_of(folder)):
                 raise ValueError("its files were changed or damaged since they were saved")
         except UnsafeFile:
@@ -420,7 +431,7 @@ class TextTokenizer:
             raise ValueError(
                 f"{folder} is not a whole text tokenizer ({error}); copy the bundle again"
             ) from error
-        return cls(inside, roles, length)
+        return cls(backend, roles, length)
 
 
 def _hash_of(folder: Path) -> str:

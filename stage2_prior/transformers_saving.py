@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from stage2_prior.saving import HubOptions, SavedModule, refuse_misfit
 
@@ -34,7 +35,13 @@ class SavedPreTrainedModel(SavedModule, PreTrainedModel):  # type: ignore[misc] 
         # Other weights than its own, which transformers can save in their place, have another.
         is_own = not arguments and "state_dict" not in options
         self.config.saved_fingerprint = self.fingerprint if is_own else None
-        super(SavedModule, self).save_pretrained(save_directory, *arguments, **options)
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # it lasts a split second, and breaks up the lines of a log
+        try:
+            super(SavedModule, self).save_pretrained(save_directory, *arguments, **options)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -131,11 +131,13 @@ SINGLE_PROCESS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Imports make a hundred thousand objects that stay. Searching them for garbage, on the way and
-    # again at the end, takes a fifth of the time to a first image.
-    gc.set_threshold(50_000)
-    atexit.register(gc.freeze)
+    if arguments is None:  # this is the program, and no call from another one
+        arguments = sys.argv[1:]
+        # Imports make a hundred thousand objects that stay. Searching them for garbage, on the way
+        # and again at the end, takes a fifth of the time to a first image.
+        gc.set_threshold(50_000)
+        atexit.register(gc.freeze)
+    arguments = list(arguments)
     with lasting_streams():
         try:
             with interrupts_raise(lambda error: _explain(error, arguments)[1]):

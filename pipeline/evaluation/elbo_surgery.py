@@ -244,7 +244,7 @@ def fixed_prior(tokenizer: TokenizerModule) -> LogPrior:
 
 def learned_prior(prior: PriorModule | LatentPriorModule, text_ids: Tensor) -> LogPrior:
     """log p(z | caption) by stage 2, for captions (n,T), which an unconditional prior ignores. Of
-    an `PriorModule` that was trained on random orders it is the lower bound of `score_codes`."""
+    a `PriorModule` that was trained on random orders it is the lower bound of `score_codes`."""
     if isinstance(prior, PriorModule):
         return lambda codes: score_codes_batched(prior, text_ids, codes, BATCH)
     if not prior.context_features:

@@ -90,7 +90,7 @@ def forgetting(
         result.notes.append(
             "the tokenizers differ: nats per code are of other codes before and after"
         )
-    if old.text.inside.get_vocab() != new.text.inside.get_vocab():
+    if old.text.backend.get_vocab() != new.text.backend.get_vocab():
         result.notes.append(
             "the vocabularies differ: a text token is another piece of a caption before and after"
         )

@@ -140,7 +140,7 @@ class VectorQuantizer(SingleLevel):
         super().__init__(num_codes, code_dim, code_dim, options.decay)
         self.options = options
         codebook = torch.randn(num_codes, code_dim, generator=torch.Generator().manual_seed(0))
-        if not codebook.is_meta:  # where there are values to normalize
+        if not codebook.is_meta:  # computing on the meta device imports torch's compiler
             codebook = self._normalize(codebook)
         if options.codebook == "gradient":
             self.codebook = nn.Parameter(codebook)

@@ -69,8 +69,8 @@ class LatentPriorModule(SavedModule):
         text_pad_id: int = 0,
     ) -> None:
         saved = (
-            config
-            if isinstance(config, self.config_class)
+            self.own_config_of(config)
+            if isinstance(config, SavedLatentPriorConfig)
             else self.config_class(
                 model=asdict(config),
                 latent_features=latent_features,

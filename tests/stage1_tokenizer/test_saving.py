@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+import stage1_tokenizer
 from stage1_tokenizer import ImageTokenizer, TokenizerModule, to_model_range
 from tests.helpers.tokenizers import (
     EVERY_KIND,
@@ -116,6 +117,26 @@ def test_a_tokenizer_and_its_model_of_transformers_write_the_same(tmp_path):
 def test_options_of_transformers_are_not_ignored_without_it(folder):
     with pytest.raises(TypeError, match=r"no options \['device_map'\].*use ImageTokenizer"):
         TokenizerModule.from_pretrained(folder, device_map=None)
+
+
+def test_other_weights_than_its_own_are_saved_without_its_fingerprint(tmp_path, capsys):
+    model = ImageTokenizer(trained().config)
+    other = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other["quantizer.codebook"] += 1
+    model.save_pretrained(tmp_path, state_dict=dict(other))  # it empties it
+    again = ImageTokenizer.from_pretrained(tmp_path)
+    assert again.quantizer.codebook.equal(other["quantizer.codebook"])
+    assert again.config.saved_fingerprint is None and capsys.readouterr().err == ""
+    assert {"ImageTokenizer", "TokenizerModule"} <= set(dir(stage1_tokenizer))
+
+
+def test_another_size_keeps_the_other_fields_of_an_older_configuration(tmp_path):
+    """The fingerprint covers them."""
+    trained().save_pretrained(tmp_path)
+    rewrite_config(tmp_path, lambda c: (c.pop("saved_fingerprint"), c["model"].pop("gaussian")))
+    older = TokenizerModule.from_pretrained(tmp_path)
+    other = older.at_size(32)
+    assert other.size == (32, 32) and "gaussian" not in other.config.model
 
 
 @pytest.mark.parametrize("model", [TokenizerModule, ImageTokenizer])

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+import stage2_prior
 from stage2_prior import (
+    ImagePrior,
     Level,
     PriorConfig,
     PriorModule,
@@ -313,3 +315,23 @@ def test_stream_levels_survive_json():
         text_vocab_size=9, text_length=4, levels=({"grid": [2, 2], "num_codes": 3},)
     )  # type: ignore[arg-type]
     assert stream.levels == (Level(grid=(2, 2), num_codes=3),)
+
+
+def test_a_prior_is_built_on_the_default_device_as_a_whole():
+    prior = tiny_prior()
+    with torch.device("meta"):
+        built = PriorModule(prior.model_config, prior.stream.config)
+    tensors = built.state_dict()
+    assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    assert shapes == {n: (tensor.shape, tensor.dtype) for n, tensor in prior.state_dict().items()}
+
+
+def test_a_module_and_its_model_of_transformers_take_each_others_configuration():
+    prior = tiny_prior()
+    prior.config.trained_order = "random"
+    model = ImagePrior(prior.config)
+    model.load_state_dict(prior.state_dict())
+    assert model.fingerprint == prior.fingerprint and model.config.trained_order == "random"
+    assert PriorModule(model.config).model_config == prior.model_config
+    assert {"ImagePrior", "PriorModule"} <= set(dir(stage2_prior))

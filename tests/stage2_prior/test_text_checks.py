@@ -3,7 +3,9 @@ process."""
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.attack_bundles import TEXT_CHANGES, ask_for_code
 from stage2_prior import TextTokenizer
+from stage2_prior.text import END
 from stage2_prior.text_checks import build_tokenizer
 
 CAPTIONS = ["a red heart", "two blue stars"]
@@ -87,11 +90,9 @@ def test_published_kinds_of_tokenizers_are_saved_and_loaded(tmp_path, make):
     assert again.decode(again.encode(["a b"])) == text.decode(text.encode(["a b"]))
 
 
-@pytest.mark.parametrize("cleans", [False, True])
 @pytest.mark.parametrize("make", [clip_like, bert_like, unigram_like])
-def test_texts_become_the_ids_that_transformers_gives_them_and_back(make, cleans):
-    fast = PreTrainedTokenizerFast(tokenizer_object=make(), clean_up_tokenization_spaces=cleans)
-    text = TextTokenizer.from_fast(fast, 30)
+def test_texts_become_the_ids_that_transformers_gives_them_and_back(make):
+    text = TextTokenizer.from_fast(PreTrainedTokenizerFast(tokenizer_object=make()), 30)
     captions = ["a b", "b . a", f"a {text.fast.eos_token} b", "\u2603Z", ""]
     theirs = text.fast(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert text.token_ids(captions) == theirs and text.vocab_size == len(text.fast)
@@ -99,6 +100,24 @@ def test_texts_become_the_ids_that_transformers_gives_them_and_back(make, cleans
     assert text.decode(ids) == [
         one.strip() for one in text.fast.batch_decode(ids.tolist(), skip_special_tokens=True)
     ]
+
+
+def test_ids_do_not_depend_on_what_a_fast_tokenizer_was_used_for():
+    """It pads, cuts, and reads the names of its tokens in a caption as these."""
+    fast = PreTrainedTokenizerFast(tokenizer_object=bert_like())
+    text = TextTokenizer.from_fast(fast, 30)
+    captions = ["a", f"a b {END}"]
+    expected = text.token_ids(captions)
+    fast.add_special_tokens({"pad_token": "[PAD]", "eos_token": END})
+    fast(captions, padding="max_length", truncation=True, max_length=2)
+    assert text.token_ids(captions) == expected and len(expected[0]) == 1
+    assert text.end_id not in expected[1]
+    assert TextTokenizer.from_fast(fast, 30).token_ids(captions) == expected
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda text: pickle.loads(pickle.dumps(text))])
+def test_copies_read_the_name_of_a_token_as_plain_text_too(copied):
+    assert copied(TEXT).token_ids([END]) == TEXT.token_ids([END]) != [[TEXT.end_id]]
 
 
 def test_spaces_are_cleaned_where_the_tokenizer_asks_for_it():

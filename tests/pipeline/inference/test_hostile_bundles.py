@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stage1_tokenizer import ImageTokenizer
-from stage2_prior import ImagePrior
+from stage2_prior import ImagePrior, PriorModule
 from tests.helpers.pipelines import tiny_pipeline
 
 
@@ -98,6 +98,19 @@ def test_sizes_are_compared_with_the_weights_before_memory_is_taken(
     config.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message):
         type(model).from_pretrained(tmp_path)
+
+
+def test_a_wide_prior_is_refused_before_its_positions_are_computed(tmp_path, monkeypatch):
+    tiny_pipeline().prior.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    values = json.loads(config.read_text())
+    values["model"]["width"] = 2**22
+    config.write_text(json.dumps(values))
+    monkeypatch.setattr(
+        "stage2_prior.model.rotary_table", lambda *sizes: pytest.fail("takes gigabytes")
+    )
+    with pytest.raises(ValueError, match=r"do not fit its config\.json"):
+        PriorModule.from_pretrained(tmp_path)
 
 
 def test_indices_in_the_weights_follow_from_the_configuration(tmp_path):
