@@ -119,7 +119,10 @@ def test_no_command_asks_the_network_for_anything_on_data_that_lie_here(place, o
         ["train-prior", *config, "--name", "tiny"],
         ["compare-tokenizers", "--config", str(several)],
         ["generate", *bundle, "a red star", "--out", str(tmp_path / "images")],
-        [*("edit", *bundle, "--image", image, "--prompt", "a red star"), "--strength", "0.5"],
+        [
+            *("edit", *bundle, "--image", image, "--prompt", "a red star", "--strength", "0.5"),
+            *("--out", str(tmp_path / "edited")),
+        ],
         ["reconstruct", *tokenizer, image, "--out", str(tmp_path / "again")],
         ["likelihood", image, *bundle, "--prompt", "a red star"],
         [
