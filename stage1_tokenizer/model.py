@@ -77,15 +77,12 @@ class TokenizerModule(SavedModule):
     noun = "tokenizer"
 
     def __init__(self, config: TokenizerConfig | SavedTokenizerConfig) -> None:
-        super().__init__(self._saved(config))
-
-    @classmethod
-    def _saved(cls, config: TokenizerConfig | SavedTokenizerConfig) -> SavedTokenizerConfig:
-        return (
-            cls.own_config_of(config)
+        saved = (
+            self.own_config_of(config)
             if isinstance(config, SavedTokenizerConfig)
-            else cls.config_class(model=asdict(config))
+            else self.config_class(model=asdict(config))
         )
+        super().__init__(saved)
 
     def _build(self) -> None:
         model = self.config.model or {}
@@ -277,10 +274,9 @@ class TokenizerModule(SavedModule):
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Codes (B,h,w), or (B,N) of several levels -> the most likely pixels (B,C,H,W) in [-1,1],
-        of four channels as `without_haze`; arguments and errors as in `code_parameters`."""
+        `without_haze`; arguments and errors as in `code_parameters`."""
         self.require_codes("decode")
-        pixels = self.likelihood.image(self.code_parameters(codes, grid)).clamp(-1, 1)
-        return without_haze(pixels) if pixels.shape[1] == 4 else pixels
+        return without_haze(self.likelihood.image(self.code_parameters(codes, grid)).clamp(-1, 1))
 
     def code_parameters(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Codes (B,h,w), or (B,N) of several levels -> the likelihood's parameters (B,P,H,W),

@@ -128,8 +128,10 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 def without_haze(pixels: Tensor) -> Tensor:
     """float (B,4,H,W) in the model's range, premultiplied -> the same with an alpha of at most
-    8/255 as 0 and of at least 247/255 as 1. Networks are never quite transparent, and programs that
-    drop alpha show such pixels in odd colours."""
+    8/255 as 0 and of at least 247/255 as 1; other channels as they are. Networks are never quite
+    transparent, and programs that drop alpha show such pixels in odd colours."""
+    if pixels.shape[1] != 4:
+        return pixels
     alpha = pixels[:, 3:]
     edge = 8.5 / 127.5  # between two values of 8 bits
     alpha = alpha.masked_fill(alpha > 1 - edge, 1.0).masked_fill(alpha < edge - 1, -1.0)

@@ -110,20 +110,18 @@ class PriorModule(SavedModule):
     def __init__(
         self, model: PriorConfig | SavedPriorConfig, stream: StreamConfig | None = None
     ) -> None:
-        super().__init__(self._saved(model, stream))
-
-    @classmethod
-    def _saved(
-        cls, model: PriorConfig | SavedPriorConfig, stream: StreamConfig | None
-    ) -> SavedPriorConfig:
         if isinstance(model, SavedPriorConfig):
-            return cls.own_config_of(model)
-        if stream is None:
-            raise ValueError(
-                f"{cls.__name__} needs the stream's shape: {cls.__name__}(PriorConfig(...), "
-                "StreamConfig(...))"
+            saved = self.own_config_of(model)
+        else:
+            if stream is None:
+                name = type(self).__name__
+                raise ValueError(
+                    f"{name} needs the stream's shape: {name}(PriorConfig(...), StreamConfig(...))"
+                )
+            saved = self.config_class(
+                model=asdict(model), stream=json.loads(json.dumps(asdict(stream)))
             )
-        return cls.config_class(model=asdict(model), stream=json.loads(json.dumps(asdict(stream))))
+        super().__init__(saved)
 
     def _build(self) -> None:
         saved = self.config

@@ -88,8 +88,12 @@ class SavedModule(nn.Module):
         model of transformers."""
         if isinstance(config, cls.config_class):
             return config
-        fields = (*cls.described_by, *cls.recorded)
-        return cls.config_class(**{name: getattr(config, name) for name in fields})
+        return cls.config_class(**{name: getattr(config, name) for name in cls._fields()})
+
+    @classmethod
+    def _fields(cls) -> tuple[str, ...]:
+        """Of the configuration, but for the fingerprint."""
+        return (*cls.described_by, *cls.recorded)
 
     @property
     def device(self) -> torch.device:
@@ -131,8 +135,8 @@ class SavedModule(nn.Module):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.saved_fingerprint = self.fingerprint
-        known = (*self.described_by, *self.recorded, "saved_fingerprint")
-        values = {name: getattr(self.config, name) for name in known} | {
+        fields = (*self._fields(), "saved_fingerprint")
+        values = {name: getattr(self.config, name) for name in fields} | {
             "architectures": [self.transformers_name],
             "dtype": str(self.dtype).removeprefix("torch."),
             "model_type": self.config_class.model_type,
@@ -187,7 +191,7 @@ class SavedModule(nn.Module):
         path = Path(name).expanduser()
         if path.exists():
             return path
-        from stage2_prior.hub import model_folder
+        from stage2_prior.hub import model_folder  # not above: it imports huggingface_hub
 
         try:
             files = [f"{Path(subfolder) / file}" for file in (_CONFIG, _WEIGHTS)]
@@ -288,10 +292,9 @@ class SavedModule(nn.Module):
         for kind in cls.config_class.__mro__:
             if issubclass(kind, SavedConfig):
                 hints |= get_annotations(kind, eval_str=True)
-        known = (*cls.described_by, *cls.recorded, "saved_fingerprint")
         return {
             key: convert(values[key], hints[key], f"{path}: {key}")
-            for key in known
+            for key in (*cls._fields(), "saved_fingerprint")
             if key in values
         }
 
@@ -322,9 +325,8 @@ class _NoValues(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        given = kwargs or {}
         if func in (Tensor.normal_, nn.init.normal_):
-            return args[0] if args else given["tensor"]
+            return args[0] if args else kwargs["tensor"]
         if func is torch.randn:
             return torch.empty(*args)
-        return func(*args, **given)
+        return func(*args, **(kwargs or {}))

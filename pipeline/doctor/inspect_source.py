@@ -27,7 +27,7 @@ from pipeline.data.readers.value_range import dark_images, values_report, with_v
 from pipeline.data.source import check_usable
 from pipeline.doctor.caption_layout import caption_layout_findings, understood
 from pipeline.doctor.near_duplicates import NEAR, alike, groups_of
-from pipeline.doctor.open_source import Opened, SyntheticRows, open_source, open_without_captions
+from pipeline.doctor.open_source import Opened, open_source, open_without_captions
 from pipeline.doctor.report import (
     Bin,
     Duplicates,
@@ -118,14 +118,12 @@ def inspect_source(config: DataConfig, most: int, folder: Path | None) -> Part:
         none = np.zeros(0, bool)
         return Part(config, None, None, None, none, none, SourceReport(config.source), findings)
     rows = opened.rows
-    if isinstance(rows, SyntheticRows):
-        findings += [Finding("notes", f"{rows.name}: {line}") for line in rows.problems]
     found = scan_images(rows, config.workers, folder, max_pixels=config.max_pixels)
     fit = _tried(findings, _fit, rows, found, captions, config, tally)
     if fit is None:
         fit = _fit(rows, found, captions, _tolerant(config), SkipCounter())
     tallies = (rows.tally, tally)
-    if captions is not None and all(one.level != "fails" for one in findings):
+    if captions is not None and not findings:
         problems = [line for one in tallies for line in one.lines()]
         _tried(findings, check_usable, rows.name, int(fit.sum()), problems)
     config = _tried(findings, with_value_range, config, rows, found) or config
@@ -140,6 +138,7 @@ def inspect_source(config: DataConfig, most: int, folder: Path | None) -> Part:
         findings.append(Finding("notes", f"{rows.name}: {_WITHOUT_CAPTIONS}"))
     else:
         findings += caption_layout_findings(opened, captions)
+    findings += [Finding("notes", f"{rows.name}: {line}") for line in rows.problems]
     findings += _doubts(report, config)
     return Part(config, opened, found, captions, fit, held_out, report, findings)
 

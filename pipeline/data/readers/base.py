@@ -128,6 +128,8 @@ class Rows(Protocol):
     """Whether each row is held out (N), where the data say so; otherwise a hash of names does."""
     note: str = ""
     """What the data hold out, for the user."""
+    problems: Sequence[str] = ()
+    """What else was left out or lacks, one line each."""
 
     def __len__(self) -> int: ...
 
