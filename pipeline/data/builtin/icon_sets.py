@@ -43,6 +43,8 @@ class IconSet:
     """SVG by key: code points, or the icon's own name where it has none."""
     own_names: dict[str, str]
     """Name in words by key, as the set has it."""
+    further_names: dict[str, str] = field(default_factory=dict)
+    """Key by the letters of other names of the drawings: aliases that have no key of their own."""
     problems: list[str] = field(default_factory=list)
     """What was left out, one line each."""
     licence: str | None = None
@@ -138,8 +140,8 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
         )
     problems: list[str] = []
     drawings: dict[str, str] = {}
-    aliases = content.get("aliases")
-    for name in [*icons, *(aliases if isinstance(aliases, dict) else {})]:
+    further = content.get("aliases")
+    for name in [*icons, *(further if isinstance(further, dict) else {})]:
         try:
             drawings[name] = _drawing(content, name)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -151,7 +153,13 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
     place = "chars.json" if path.name == "icons.json" else "`chars`"
     hidden = {name for name, icon in icons.items() if isinstance(icon, dict) and icon.get("hidden")}
     others = hidden | set(drawings) - set(icons)
-    joined = _joined(prefix, drawings, chars, known, problems, place, others)
+    by_drawing = {drawings[name]: name for name in icons if name in drawings}
+    aliases = {
+        name: by_drawing[svg]
+        for name, svg in drawings.items()
+        if name not in icons and svg in by_drawing
+    }
+    joined = _joined(prefix, drawings, chars, known, problems, place, others, aliases)
     return replace(
         joined,
         licence=_title(licence, "spdx") or _title(licence, "title"),
@@ -235,14 +243,17 @@ def _joined(
     problems: list[str],
     chars_place: str,
     others: Set[str] = frozenset(),
+    aliases: Mapping[str, str] | None = None,
 ) -> IconSet:
-    """A set whose drawings are known by key. Without code points of its own, names are looked up;
-    those that are no emoji's are keys themselves.
+    """A set whose drawings are known by key. Without code points of its own, names are looked up,
+    those of an icon before those of its aliases; those that are no emoji's are keys themselves.
 
     Args:
         chars_place: where the code points are, or would be, for messages.
         others: names of drawings that need no code points: aliases, and what the set hides.
+        aliases: icons by the aliases that draw the same.
     """
+    aliases = aliases or {}
     slugs: dict[str, str] = {}  # key -> name in the set
     if chars:
         for points, slug in chars.items():
@@ -254,11 +265,14 @@ def _joined(
                 f"points in {chars_place} and are left out; add them to it"
             )
     else:
-        for slug in drawings:
-            if (key := key_of_slug(slug, known)) is not None:
-                slugs.setdefault(key, slug)
-        found = set(slugs.values())
-        unknown = [slug for slug in drawings if slug not in found]
+        found: set[str] = set()
+        for slug in drawings:  # icons, then aliases
+            icon = aliases.get(slug, slug)
+            key = key_of_slug(slug, known)
+            if key is not None and key not in slugs and icon not in found:
+                slugs[key] = icon
+                found.add(icon)
+        unknown = [slug for slug in drawings if slug not in found and slug not in aliases]
         if slugs:
             kept = f", such as {printable(unknown[0])}" if unknown else ""
             problems.append(
@@ -267,10 +281,16 @@ def _joined(
                 f"{chars_place} if these are emoji"
             )
         slugs |= {slug: slug for slug in unknown}
+    keys = {slug: key for key, slug in slugs.items()}
     return IconSet(
         style=STYLES.get(prefix, prefix.replace("_", "-").lower()),
         drawings={key: drawings[slug] for key, slug in sorted(slugs.items())},
         own_names={key: name_of_slug(slug) for key, slug in slugs.items()},
+        further_names={
+            letters_of(name): keys[icon]
+            for name, icon in aliases.items()
+            if icon in keys and name not in keys
+        },
         problems=problems,
     )
 

@@ -77,12 +77,14 @@ def load_icons(
     found: list[Icon] = []
     problems: list[str] = []
     known = key_index(names)
+    further: dict[str, str] = {}
     loaded: list[IconSet] = []
     for entry in sets:
-        one = read_set(locate_set(Path(folder).expanduser(), entry), known)
+        one = read_set(locate_set(Path(folder).expanduser(), entry), further | known)
         loaded.append(one)
-        # Names of one set find the code points of a later set that has none.
+        # Names and aliases of one set find the code points of a later set that has none.
         known = {letters_of(name): key for key, name in one.own_names.items()} | known
+        further = one.further_names | further
     styles = Counter(one.style for one in loaded)
     if twice := [style for style, count in styles.items() if count > 1]:
         raise ValueError(f"data.icons.sets has the style {twice[0]} twice; name each set once")
@@ -104,11 +106,22 @@ def load_icons(
                 "data.icons.sets"
             )
         problems += left_out
-        distinct = {image.tobytes(): (key, image) for key, image in reversed(images.items())}
-        for key, image in reversed(distinct.values()):
-            name = names.get(key) or _first_name(loaded, key)
-            found.append(Icon(one.style, key, name, image))
+        icons = [
+            Icon(one.style, key, names.get(key) or _first_name(loaded, key), image)
+            for key, image in images.items()
+        ]
+        found += _distinct(icons)
     return tuple(found), tuple(problems)
+
+
+def _distinct(icons: Sequence[Icon]) -> list[Icon]:
+    """The icons of one style, in order; of those that are the same pixels, the one of the shortest
+    name: the flag of France is that of Clipperton Island, too."""
+    by_pixels: dict[bytes, Icon] = {}
+    for icon in sorted(icons, key=lambda icon: len(icon.name)):
+        by_pixels.setdefault(icon.image.tobytes(), icon)
+    kept = set(by_pixels.values())
+    return [icon for icon in icons if icon in kept]
 
 
 def emoji_names(annotations: str | None) -> dict[str, str]:
@@ -215,8 +228,8 @@ def styled_captions(name: str, style: str) -> list[str]:
 
 def captions_of_icon(name: str, style: str) -> list[str]:
     """Wordings of one drawing, each as often as training reads it: the name alone, which leaves the
-    style open, is one in nine."""
-    return [*styled_captions(name, style) * 2, name]
+    style open, is one in 33."""
+    return [*styled_captions(name, style) * 8, name]
 
 
 class IconSource(Source):
