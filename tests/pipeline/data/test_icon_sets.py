@@ -70,6 +70,39 @@ def test_a_set_without_code_points_is_told_what_its_names_found(tmp_path, icons,
     assert line.startswith(f"own has no chars.json: {joined} icons are joined") and kept in line
 
 
+def test_without_code_points_aliases_are_looked_up_after_the_names_of_icons(tmp_path):
+    icons = {"happy": body("red"), "grinningface": body("blue"), "cookie": body("green")}
+    aliases = {
+        "cook": {"parent": "happy"},
+        "grinning-face": {"parent": "cookie"},  # taken by an icon
+        "biscuit": {"parent": "cookie"},
+    }
+    path = write_set(tmp_path, "own", icons, aliases=aliases)
+    found = read_set(path, key_index(NAMES))
+    assert found.own_names == {
+        "1f9d1-200d-1f373": "happy",
+        "1f600": "grinningface",
+        "cookie": "cookie",
+    }
+    assert found.further_names == {
+        "cook": "1f9d1-200d-1f373",
+        "grinningface": "cookie",
+        "biscuit": "cookie",
+    }
+    (line,) = found.problems
+    assert "2 icons are joined" in line and "1 keep names of their own, such as cookie" in line
+
+
+def test_an_alias_that_has_code_points_is_a_drawing_of_its_own(tmp_path):
+    """As the flags of France and of Clipperton Island, where they are the same drawing."""
+    chars = {"1f1e8-1f1f5": "clipperton", "1f1eb-1f1f7": "france"}
+    aliases = {"france": {"parent": "clipperton"}, "st-martin": {"parent": "france"}}
+    path = write_set(tmp_path, "own", {"clipperton": body("red")}, chars, aliases=aliases)
+    found = read_set(path, {})
+    assert found.own_names == {"1f1e8-1f1f5": "clipperton", "1f1eb-1f1f7": "france"}
+    assert found.further_names == {"stmartin": "1f1e8-1f1f5"}
+
+
 def test_a_set_of_no_emoji_needs_no_code_points(tmp_path):
     assert not read_set(write_set(tmp_path, "mdi", {"a": body("red")}), key_index(NAMES)).problems
 

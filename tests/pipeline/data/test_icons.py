@@ -49,7 +49,7 @@ def test_without_english_names_icons_are_called_as_in_their_sets_and_that_is_sai
     assert not any("English names" in line for line in train.problems)
 
 
-def test_captions_name_the_style_in_several_wordings_and_once_in_nine_not_at_all():
+def test_captions_name_the_style_in_several_wordings_and_once_in_33_not_at_all():
     styled = [
         "red heart, twemoji style",
         "a red heart, twemoji style",
@@ -58,6 +58,48 @@ def test_captions_name_the_style_in_several_wordings_and_once_in_nine_not_at_all
     ]
     assert captions_of_icon("red heart", "twemoji") == [*styled * 8, "red heart"]
     assert captions_of_icon("owl", "noto")[1] == "an owl, noto style"
+
+
+def test_drawings_are_joined_by_the_aliases_of_an_earlier_set(tmp_path):
+    """Else a name that is held out in one set is trained on in another, as something else."""
+    aliases = {"old-cap": {"parent": "cap"}, "hat": {"parent": "cap", "hFlip": True}}
+    write_set(tmp_path, "first", {"cap": body("red")}, {"1f472": "cap"}, aliases=aliases)
+    write_set(tmp_path, "second", {"old-cap": body("blue"), "hat": body("green")})
+    write_names(tmp_path / "names", {"\U0001f472": "person with skullcap"})
+    found, _ = load_icons(str(tmp_path), ("first", "second"), str(tmp_path / "names"), 16, 1)
+    assert {(icon.style, icon.key, icon.name) for icon in found} == {
+        ("first", "1f472", "person with skullcap"),
+        ("second", "1f472", "person with skullcap"),
+        ("second", "hat", "hat"),  # which is another drawing in the first
+    }
+
+
+def test_an_alias_of_an_earlier_set_gives_way_to_a_name_of_the_set_itself(tmp_path):
+    aliases = {"thing": {"parent": "a-thing"}}
+    write_set(tmp_path, "first", {"a-thing": body("red")}, {"1f400": "a-thing"}, aliases=aliases)
+    write_set(tmp_path, "second", {"thing": body("blue")}, {"1f401": "thing"})
+    write_set(tmp_path, "third", {"thing": body("green")})
+    write_names(tmp_path / "names", {"\U0001f402": "ox"})
+    sets = ("first", "second", "third")
+    found, _ = load_icons(str(tmp_path), sets, str(tmp_path / "names"), 16, 1)
+    assert {(icon.style, icon.key) for icon in found} == {
+        ("first", "1f400"),
+        ("second", "1f401"),
+        ("third", "1f401"),
+    }
+
+
+def test_drawings_that_are_the_same_pixels_count_once_by_their_shortest_name(tmp_path):
+    chars = {"1f1e8-1f1f5": "clipperton", "1f1eb-1f1f7": "france", "1f400": "rat"}
+    drawings = {"clipperton": body("red"), "france": body("red"), "rat": body("grey")}
+    write_set(tmp_path, "own", drawings, chars)
+    names = {
+        "\U0001f1e8\U0001f1f5": "flag: Clipperton Island",
+        "\U0001f1eb\U0001f1f7": "flag: France",
+    }
+    write_names(tmp_path / "names", names)
+    found, _ = load_icons(str(tmp_path), ("own",), str(tmp_path / "names"), 16, 1)
+    assert [icon.name for icon in found] == ["flag: France", "rat"]
 
 
 def test_no_cell_is_in_two_splits(two_styles):
