@@ -33,6 +33,7 @@ class Arguments(BaseModel):
     """A folder that every machine has, a name in the package, or `user/name` of the Hub."""
     host: str = ServerSettings.host
     """Address that Ray's proxies listen at, as in `http_options`."""
+    public_host: str | None = ServerSettings.public_host
     slots: int | Literal["auto"] = "auto"
     max_waiting: int = ServerSettings.max_waiting
     max_images: int = ServerSettings.max_images
@@ -60,6 +61,7 @@ class Arguments(BaseModel):
         """Of each replica."""
         return ServerSettings(
             host=self.host,
+            public_host=self.public_host,
             slots=ServerSettings.slots if self.slots == "auto" else self.slots,
             max_waiting=self.max_waiting,
             max_images=self.max_images,

@@ -13,6 +13,7 @@ def serve_command(
     bundle: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
+    public_host: str | None = None,
     slots: int | Literal["auto"] = "auto",
     max_waiting: int = 256,
     max_images: int = 16,
@@ -32,6 +33,8 @@ def serve_command(
             which comes with the package)
         host: address to listen at; others than loopback can be reached from other machines
         port: number of the port
+        public_host: name by which clients ask a proxy in front of a server at the loopback, such as
+            draw.example.org
         slots: images that are sampled at a time with guidance, from 1 to 64, and fewer where the
             memory holds fewer; twice as many without; auto is 32
         max_waiting: images that wait for a slot at most; further requests get 429
@@ -48,6 +51,8 @@ def serve_command(
             the server starts that much later, a minute or two
     """
     try:
+        import python_multipart  # noqa: F401  (FastAPI would miss it later, without its name)
+
         from pipeline.serving.server import serve
         from pipeline.serving.settings import ServerSettings
     except ModuleNotFoundError as error:
@@ -59,6 +64,7 @@ def serve_command(
     settings = ServerSettings(
         host=host,
         port=port,
+        public_host=public_host,
         slots=ServerSettings.slots if slots == "auto" else slots,
         max_waiting=max_waiting,
         max_images=max_images,

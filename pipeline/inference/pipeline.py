@@ -34,7 +34,7 @@ from stage2_prior import (
     sample_captions,
 )
 
-_CAPTIONS_AT_A_TIME = 64
+CAPTIONS_AT_A_TIME = 64
 """Candidate captions that are scored together."""
 
 
@@ -347,7 +347,7 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
             captions = [candidates] if isinstance(candidates, str) else list(candidates)
             check_at_least_one("the number of candidates", len(captions))
             ids = self.text.encode(captions, truncate=truncate)
-            parts = ids.split(_CAPTIONS_AT_A_TIME)
+            parts = ids.split(CAPTIONS_AT_A_TIME)
             values = torch.cat(
                 [caption_log_likelihood(self.prior, part, codes[0]) for part in parts]
             )

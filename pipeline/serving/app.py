@@ -83,7 +83,7 @@ def create_app(
     def page(name: str) -> FileResponse:
         return FileResponse(PAGE / name, headers=_SECURITY)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index() -> Response:
         return page("index.html")
 
@@ -94,10 +94,12 @@ def create_app(
     app.mount("/page", _PageFiles(directory=PAGE), name="page")
     settings = service.settings
     # The last one that is added sees a request first.
-    app.add_middleware(Limits, max_bytes=int(settings.max_body_mb * 1e6))
+    most = int(settings.max_body_mb * 1e6)
+    app.add_middleware(Limits, max_bytes=most, max_seconds=settings.timeout)
     app.add_middleware(Tokens, tokens=tokens)
     app.add_middleware(Sites)
     if settings.is_loopback:
-        app.add_middleware(Hosts, names=["localhost", "127.0.0.1", "::1", settings.host])
+        names = ["localhost", "127.0.0.1", "::1", settings.host]
+        app.add_middleware(Hosts, names=[*names, settings.public_host or settings.host])
     app.add_middleware(RequestLog, metrics=metrics)
     return app

@@ -85,7 +85,8 @@ def read_tokens(path: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no token, or one that a header cannot carry.
+        OSError: it cannot be read.
+        ValueError: it holds no token, or a line that is none.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -93,13 +94,23 @@ def read_tokens(path: Path) -> list[str]:
         raise FileNotFoundError(
             f"there is no token file {path}; write one token per line into it"
         ) from None
+    except OSError as error:
+        raise OSError(
+            f"the token file {path} cannot be read ({error.strerror}); give a file with one token "
+            "per line"
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    tokens = text.split()
+    tokens = [line.strip() for line in text.splitlines() if line.strip()]
     if not tokens:
         raise ValueError(f"{path} holds no token; write one per line")
-    if not all(token.isascii() and token.isprintable() for token in tokens):
-        raise ValueError(f"{path} holds a token with letters beyond ASCII; write another one")
+    for number, token in enumerate(tokens, 1):
+        if not (token.isascii() and token.isprintable()):
+            raise ValueError(f"{path} holds a token with letters beyond ASCII; write another one")
+        if " " in token:
+            raise ValueError(
+                f"token {number} of {path} has a space; write one token per line and nothing else"
+            )
     status = path.stat()
     # The group of another one's file may be what lets this process read it.
     is_own = status.st_uid == os.geteuid()

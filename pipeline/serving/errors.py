@@ -72,6 +72,21 @@ class ApiError(Exception):
         }
 
 
+_OWN_NAMES = {"num_inference_steps": "steps"}
+"""Options of the pipeline by the fields of requests, where they have other names."""
+_FIELDS = ("steps", "guidance_scale", "temperature", "top_k", "top_p", "min_p", "image", "mask")
+"""That messages of the pipeline may begin with."""
+
+
+def refusal(error: ValueError) -> ApiError:
+    """What the pipeline says of a request, in the words of requests."""
+    message = str(error)
+    for name, field in _OWN_NAMES.items():
+        message = message.replace(name, field)
+    first = message.removeprefix("the ").split(maxsplit=1)[0].rstrip(":,") if message else ""
+    return ApiError(400, message, param=first if first in _FIELDS else None, code="invalid_value")
+
+
 def api_error(error: Exception, request_id: str) -> ApiError:
     """Any error as the client sees it. One of the server's is logged, and the client sees nothing
     of the server's inside."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
 from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from fastapi.responses import Response, StreamingResponse
+from pydantic import Field
 
 from pipeline.serving.disconnect import until_disconnected
 from pipeline.serving.errors import ApiError, api_error
@@ -27,8 +27,6 @@ from pipeline.serving.schemas import (
     VariationFields,
 )
 from pipeline.serving.store import ImageStore
-
-_log = logging.getLogger(__name__)
 
 _IMAGES: dict[str, Any] = {
     "response_model": ImagesResponse,
@@ -55,16 +53,16 @@ def image_router(service: ImageService, metrics: Metrics) -> APIRouter:
     async def edits(request: Request, body: Annotated[EditForm, Form()]) -> Response:
         """A part of an image, resampled: the white part of a mask, or its transparent part; or what
         lies around a smaller image."""
-        fields = EditFields(**body.model_dump(exclude={"image", "mask"}))
+        fields = EditFields(**body.model_dump(exclude={"image", "images", "mask"}))
         mask = None if body.mask is None else await body.mask.read()
-        work = service.edit(fields, await body.image.read(), mask)
+        work = service.edit(fields, await the_image(body), mask)
         return await respond(request, work, "image_edit")
 
     @router.post("/v1/images/variations", **_IMAGES)
     async def variations(request: Request, body: Annotated[VariationForm, Form()]) -> Response:
         """Images like a given one."""
-        fields = VariationFields(**body.model_dump(exclude={"image"}))
-        work = service.variation(fields, await body.image.read())
+        fields = VariationFields(**body.model_dump(exclude={"image", "images"}))
+        work = service.variation(fields, await the_image(body))
         return await respond(request, work, "image_edit")
 
     @router.get("/v1/files/{name}", response_class=Response, responses=_FILES, tags=["images"])
@@ -79,8 +77,7 @@ def image_router(service: ImageService, metrics: Metrics) -> APIRouter:
     async def respond(request: Request, coming: Awaitable[Work], kind: str) -> Response:
         deadline = service.deadline()
         work = await until(deadline, coming)
-        if service.settings.log_prompts:
-            _log.info("%s prompt %r", request.state.request_id, work.settings["prompt"])
+        service.log_prompt(request.state.request_id, work.settings["prompt"])
         job = service.start(work)
         if work.fields.stream:
             events = stream(request, work, job, deadline, kind)
@@ -151,17 +148,40 @@ def image_router(service: ImageService, metrics: Metrics) -> APIRouter:
     return router
 
 
+Upload = Annotated[UploadFile | None, File(description="the image")]
+Uploads = Annotated[
+    list[UploadFile] | None,
+    Field(alias="image[]", description="the image, as OpenAI's client sends a list of one"),
+]
+
+
 class EditForm(EditFields):
     """Fields and files of `POST /v1/images/edits`."""
 
-    image: Annotated[UploadFile, File(description="the image")]
+    image: Upload = None
+    images: Uploads = None
     mask: Annotated[UploadFile | None, File(description="of the image's size")] = None
 
 
 class VariationForm(VariationFields):
     """Fields and the file of `POST /v1/images/variations`."""
 
-    image: Annotated[UploadFile, File(description="the image")]
+    image: Upload = None
+    images: Uploads = None
+
+
+async def the_image(body: EditForm | VariationForm) -> bytes:
+    """The one image that a body has.
+
+    Raises:
+        ApiError: it has none, or several.
+    """
+    every = [*([] if body.image is None else [body.image]), *(body.images or [])]
+    if len(every) != 1:
+        message = f"there are {len(every)} images; give one, in the field image"
+        code = "invalid_value" if every else "missing"
+        raise ApiError(400, message, param="image", code=code)
+    return await every[0].read()
 
 
 def _event(name: str, body: dict[str, Any]) -> str:

@@ -9,28 +9,25 @@ one scores and captions, so that images do not wait for that.
 from __future__ import annotations
 
 import asyncio
-import io
-import json
+import logging
 import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from pipeline.data.readers.images import open_image
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.inference.plan import SamplingPlan
 from pipeline.inference.reranking import JudgeName, best_rows, consensus_scores, highest
-from pipeline.serving.errors import ApiError
+from pipeline.serving.errors import ApiError, refusal
+from pipeline.serving.image_files import as_mask, encoded, opened
 from pipeline.serving.sampler import Job, Preview, Sampled, Sampler
 from pipeline.serving.schemas import (
     EditFields,
@@ -41,13 +38,12 @@ from pipeline.serving.schemas import (
     VariationFields,
 )
 from pipeline.serving.settings import ServerSettings
-from stage1_tokenizer.pixels import has_alpha, image_array, to_rgb
+from stage1_tokenizer.pixels import image_array
 from stage2_prior import Samples, joined_samples
 
+_log = logging.getLogger(__name__)
+
 _GREY = 128
-_MAX_UPLOAD_PIXELS = 2**24
-METADATA = "minidalle"
-"""Key of a PNG's text that holds the settings, as JSON."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -167,7 +163,12 @@ class ImageService:
         try:
             return await self.in_thread(function, *arguments, **options)
         except ValueError as error:
-            raise ApiError(400, str(error), code="invalid_value") from error
+            raise refusal(error) from error
+
+    def log_prompt(self, request_id: str, prompt: str) -> None:
+        """Writes a prompt into the log, where the server was asked to."""
+        if self.settings.log_prompts:
+            _log.info("%s prompt %r", request_id, prompt)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -186,14 +187,18 @@ class ImageService:
         prompt = request.prompt
         best_of = request.best_of or 1
         self._check(request, prompt, best_of)
-        if request.judge == "likelihood":
-            await self.from_input(self.pipe.check_best_of, best_of)
-        seed = _seed(request)
-        plan = await self.from_input(self.pipe.plan, [prompt], **_options(request, seed, best_of))
-        settings = {"prompt": prompt, "best_of": best_of}
-        if best_of > 1:
-            settings["judge"] = request.judge
-        return await self._work(plan, request, seed, settings, best_of=best_of, judge=request.judge)
+        with self.sampler.room((request.n or 1) * best_of):
+            if request.judge == "likelihood":
+                await self.from_input(self.pipe.check_best_of, best_of)
+            seed = _seed(request)
+            options = _options(request, seed, best_of)
+            plan = await self.from_input(self.pipe.plan, [prompt], **options)
+            settings = {"prompt": prompt, "best_of": best_of}
+            if best_of > 1:
+                settings["judge"] = request.judge
+            return await self._work(
+                plan, request, seed, settings, best_of=best_of, judge=request.judge
+            )
 
     async def edit(self, fields: EditFields, content: bytes, mask: bytes | None) -> Work:
         """An image whose white or, in a mask with transparency, transparent part is resampled."""
@@ -206,45 +211,44 @@ class ImageService:
                 code="missing",
             )
         self._check_can_edit()
-        image = await self.in_thread(opened, content, "image")
-        seed = _seed(fields)
-        options = _options(fields, seed)
-        if fields.outpaint_at is not None:
-            x, y = map(int, fields.outpaint_at.split(","))
-            plan = await self.from_input(
-                self.pipe.plan_outpaint, image, fields.prompt, at=(x, y), **options
-            )
-        else:
-            assert mask is not None
-            white = _as_mask(await self.in_thread(opened, mask, "mask"))
-            plan = await self.from_input(
-                self.pipe.plan_edit, image, white, fields.prompt, **options
-            )
-        if plan.known.all():
-            message = (
-                "the mask is empty, so that nothing is replaced; make what is to be replaced white"
-            )
-            raise ApiError(400, message, param="mask", code="empty_mask")
-        settings = {"prompt": fields.prompt}
-        if fields.outpaint_at is not None:
-            settings["outpaint_at"] = fields.outpaint_at
-        return await self._work(plan, fields, seed, settings, finish=plan.composite)
+        with self.sampler.room(fields.n or 1):
+            image = await self.in_thread(opened, content, "image")
+            seed = _seed(fields)
+            options = _options(fields, seed)
+            settings = {"prompt": fields.prompt}
+            if fields.outpaint_at is not None:
+                settings["outpaint_at"] = fields.outpaint_at
+                x, y = map(int, fields.outpaint_at.split(","))
+                plan = await self.from_input(
+                    self.pipe.plan_outpaint, image, fields.prompt, at=(x, y), **options
+                )
+            else:
+                assert mask is not None
+                white = as_mask(await self.in_thread(opened, mask, "mask"))
+                plan = await self.from_input(
+                    self.pipe.plan_edit, image, white, fields.prompt, **options
+                )
+            if plan.known.all():
+                message = (
+                    "the mask is empty, so that nothing is replaced; make what is to be replaced "
+                    "white"
+                )
+                raise ApiError(400, message, param="mask", code="empty_mask")
+            return await self._work(plan, fields, seed, settings, finish=plan.composite)
 
     async def variation(self, fields: VariationFields, content: bytes) -> Work:
         """An image of whose codes a fraction, scattered, is resampled."""
         self._check(fields, fields.prompt)
         self._check_can_edit()
-        image = await self.in_thread(opened, content, "image")
-        seed = _seed(fields)
-        plan = await self.from_input(
-            self.pipe.plan_variation,
-            image,
-            fields.strength,
-            fields.prompt,
-            **_options(fields, seed),
-        )
-        settings = {"prompt": fields.prompt, "strength": fields.strength}
-        return await self._work(plan, fields, seed, settings)
+        with self.sampler.room(fields.n or 1):
+            image = await self.in_thread(opened, content, "image")
+            seed = _seed(fields)
+            options = _options(fields, seed)
+            plan = await self.from_input(
+                self.pipe.plan_variation, image, fields.strength, fields.prompt, **options
+            )
+            settings = {"prompt": fields.prompt, "strength": fields.strength}
+            return await self._work(plan, fields, seed, settings)
 
     def _check_can_edit(self) -> None:
         if self.pipe.prior.config.trained_order != "random":
@@ -268,8 +272,8 @@ class ImageService:
         warnings: tuple[str, ...] = ()
         if self.pipe.known_prompts is not None:
             warnings = tuple(await self.in_thread(self.pipe.known_prompts.problems, prompt))
-        settings = settings | {"bundle": self.name, "seed": seed}
-        settings |= {k: v for k, v in fields.sampling().items() if v is not None}
+        options_used = {k: v for k, v in asdict(plan.options).items() if v is not None}
+        settings = settings | {"bundle": self.name, "seed": seed} | options_used
         return Work(plan, fields, seed, settings, warnings=warnings, **options)
 
     def _check(self, fields: ImageFields, prompt: str, best_of: int = 1) -> None:
@@ -277,11 +281,15 @@ class ImageService:
         if fields.model not in (None, self.name):
             message = f"there is no model {fields.model!r}; this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
+        most = min(most, self.sampler.capacity)
         if (count := (fields.n or 1) * best_of) > most:
             message = f"n * best_of is {count}; this server samples at most {most} per request"
             raise ApiError(400, message, param="n", code="too_many_images")
-        self.sampler.check_room(count)  # before images are read and planned for nothing
         self.check_prompt(prompt)
+        for name in ("partial_images", "preview_every"):
+            if getattr(fields, name) is not None and not fields.stream:
+                message = f"{name} is of streams; set stream to true, or leave {name} out"
+                raise ApiError(400, message, param=name, code="invalid_value")
         if fields.size not in (None, "auto", self.size):
             message = (
                 f"size is {fields.size!r}, and the bundle {self.name} draws {self.size} alone; "
@@ -316,12 +324,13 @@ class ImageService:
     # Work -> images
 
     def start(self, work: Work) -> Job:
-        """Begins to sample.
+        """Begins to sample. Nothing may be awaited between planning and this: the room of a plan is
+        free again.
 
         Raises:
             QueueFull, ShuttingDown: of the sampler.
         """
-        return self.sampler.submit(work.plan, self._preview_every(work.fields))
+        return self.sampler.submit(work.plan, self._preview_every(work))
 
     def deadline(self) -> float:
         """When a request that comes now must be answered, by the event loop's clock."""
@@ -378,13 +387,13 @@ class ImageService:
             drawn, work.format, work.fields.background, settings, work.fields.output_compression
         )
 
-    def _preview_every(self, fields: ImageFields) -> int | None:
-        if not fields.stream:
-            return None
+    def _preview_every(self, work: Work) -> int | None:
+        """Sampled codes between two previews of an image."""
+        fields = work.fields
         if fields.preview_every is not None or not fields.partial_images:
             return fields.preview_every
-        length = self.pipe.prior.stream.image_length
-        return math.ceil(length / (fields.partial_images + 1))
+        sampled = work.plan.num_sampled(self.pipe.prior.stream.image_length)
+        return math.ceil(sampled / len(work.plan.seeds) / (fields.partial_images + 1))
 
     def _preview(self, work: Work, update: Preview) -> bytes:
         codes = self.pipe.in_layout(update.codes[None])
@@ -426,60 +435,6 @@ async def until(deadline: float, coming: Awaitable[T]) -> T:
     """
     async with asyncio.timeout_at(deadline):
         return await coming
-
-
-def encoded(
-    image: Image.Image,
-    format: Format,
-    background: str | None,
-    settings: dict[str, Any] | None,
-    quality: int | None = None,
-) -> bytes:
-    """An image as a file; a PNG has `settings` in its text. Without transparency it lies on white.
-
-    Args:
-        quality: 0 to 100, of a JPEG (95 where absent) or WebP (lossless where absent).
-    """
-    if has_alpha(image) and (background == "opaque" or format == "jpeg"):
-        image = to_rgb(image)
-    file = io.BytesIO()
-    if format == "png":
-        text = PngInfo()
-        if settings is not None:
-            text.add_text(METADATA, json.dumps(settings))
-        image.save(file, "PNG", pnginfo=text)
-    elif format == "webp":
-        image.save(
-            file, "WEBP", lossless=quality is None, quality=80 if quality is None else quality
-        )
-    else:
-        image.save(file, "JPEG", quality=95 if quality is None else quality)
-    return file.getvalue()
-
-
-def opened(content: bytes, param: str) -> Image.Image:
-    """An uploaded image.
-
-    Args:
-        param: the field that it is in, for the message.
-
-    Raises:
-        ApiError: it cannot be read.
-    """
-    try:
-        return open_image(content, most=_MAX_UPLOAD_PIXELS)
-    except ValueError as error:
-        raise ApiError(400, f"{param}: {error}", param=param, code="invalid_image") from error
-
-
-def _as_mask(mask: Image.Image) -> Image.Image:
-    """White where pixels are replaced: the transparent ones of a mask that has any transparency,
-    otherwise the white ones."""
-    if has_alpha(mask):
-        alpha = np.asarray(mask.convert("RGBA"))[..., 3]
-        if alpha.min() < 255:
-            return Image.fromarray(np.where(alpha == 0, 255, 0).astype(np.uint8))
-    return mask.convert("L")
 
 
 def _seed(fields: ImageFields) -> int:

@@ -15,17 +15,22 @@ from collections.abc import Sequence
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pipeline.runtime.printable import printable
 from pipeline.serving.errors import ApiError, api_error
 from pipeline.serving.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/", "/docs", "/healthz", "/readyz", "/openapi.json")
-"""What needs no token, and everything in `/page/`: they tell nothing of anybody's images."""
+"""What needs no token: they tell nothing of anybody's images."""
+_OPEN_FOLDERS = ("/page/", "/v1/files/")
+"""What needs none below them: the page's files, and images, whose names cannot be guessed."""
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9.-]+))(?::[0-9]+)?")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 """That metrics tell apart."""
+_MOST_LETTERS = 200
+"""Of a path that no route has, in the log."""
 _READ_SECONDS = 30.0
 """Seconds between two parts of a request's body at most."""
 WRITE_SECONDS = 60.0
@@ -75,7 +80,8 @@ class RequestLog:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self.metrics.requests.labels(path, method, str(status)).inc()
             self.metrics.seconds.labels(path).observe(seconds)
-            _log.info("%s %s %s %d in %.0f ms", name, scope["method"], path, status, seconds * 1e3)
+            asked = path if route else printable(scope["path"])[:_MOST_LETTERS]
+            _log.info("%s %s %s %d in %.0f ms", name, method, asked, status, seconds * 1e3)
 
 
 class Hosts:
@@ -89,7 +95,10 @@ class Hosts:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._name(scope) not in self.names:
             known = ", ".join(sorted(self.names))
-            message = f"this server answers to its own machine's names; use one of {known}"
+            message = (
+                f"this server answers to its own machine's names; use one of {known}, or start the "
+                "server with public_host, the name of the proxy in front of it"
+            )
             error = ApiError(400, message, code="invalid_host")
             await JSONResponse(error.body(), error.status)(scope, receive, send)
             return
@@ -123,7 +132,7 @@ class Sites:
 
 
 class Tokens:
-    """Lets requests with one of the tokens through, and all to `OPEN_PATHS`."""
+    """Lets requests with one of the tokens through, and all to what needs none."""
 
     def __init__(self, app: ASGIApp, tokens: Sequence[str]) -> None:
         self.app = app
@@ -145,15 +154,21 @@ class Tokens:
 
     @staticmethod
     def _is_open(path: str) -> bool:
-        return path in OPEN_PATHS or path.startswith("/page/")
+        return path in OPEN_PATHS or path.startswith(_OPEN_FOLDERS)
 
 
 class Limits:
-    """Refuses bodies that are too large, and clients that send or read too slowly."""
+    """Refuses bodies that are too large, and clients that send or read too slowly.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    Args:
+        max_bytes: of a body.
+        max_seconds: from a request's head to the end of its body.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_seconds: float) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.max_seconds = max_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -166,15 +181,19 @@ class Limits:
         read = 0
         complete = False
         started = False
+        deadline = time.monotonic() + self.max_seconds
 
         async def limited() -> Message:
             nonlocal read, complete
             if complete:
                 return await receive()  # which waits for the client to go
+            left = max(deadline - time.monotonic(), 0)
             try:
-                message = await asyncio.wait_for(receive(), _READ_SECONDS)
+                message = await asyncio.wait_for(receive(), min(_READ_SECONDS, left))
             except TimeoutError:
                 text = f"no part of the body came for {_READ_SECONDS:.0f} s; send it again"
+                if left < _READ_SECONDS:
+                    text = f"the body took more than {self.max_seconds:g} s; send it faster"
                 raise _Refused(ApiError(408, text, code="timeout")) from None
             read += len(message.get("body", b""))
             complete = not message.get("more_body", False)

@@ -17,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.inference.editing import check_image
+from pipeline.inference.pipeline import CAPTIONS_AT_A_TIME
 from pipeline.serving.disconnect import until_disconnected
 from pipeline.serving.errors import ApiError
-from pipeline.serving.images import ImageService, encoded, opened
+from pipeline.serving.image_files import encoded, opened
+from pipeline.serving.images import ImageService
 from pipeline.serving.metrics import CONTENT_TYPE, Metrics
 from pipeline.serving.sampler import NOT_FINITE, SamplingFailed
 from pipeline.serving.schemas import (
@@ -61,6 +63,10 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
         status = "broken" if service.sampler.has_failed else state.status
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
+    # As load balancers ask.
+    router.add_api_route("/healthz", healthz, methods=["HEAD"], include_in_schema=False)
+    router.add_api_route("/readyz", readyz, methods=["HEAD"], include_in_schema=False)
+
     @router.get("/metrics", response_class=PlainTextResponse, tags=["server"])
     async def show_metrics() -> Response:
         """Counters in Prometheus' format."""
@@ -85,6 +91,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
 
         async def work() -> ScoreResponse:
             service.check_prompt(body.prompt)
+            service.log_prompt(request.state.request_id, body.prompt)
             ids = await service.from_input(pipe.text_ids, [body.prompt])
             codes = await codes_of(body.image, body.codes)
             return await service.in_side_thread(scored, codes, ids)
@@ -102,20 +109,25 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
             raise ApiError(400, message, code="not_supported")
 
         async def work() -> CaptionResponse:
+            for one in body.candidates or ():
+                service.check_prompt(one)
+                service.log_prompt(request.state.request_id, one)
             if body.candidates is not None:
-                for one in body.candidates:
-                    service.check_prompt(one)
                 await service.from_input(pipe.text.encode, body.candidates)
             image = await service.from_input(decoded, body.image)
-            found = await service.in_side_thread(
-                pipe.caption,
-                image,
-                body.candidates,
-                num=body.n,
-                seed=body.seed,
-                temperature=body.temperature,
-                top_p=body.top_p,
-            )
+            found: list[tuple[str, float]] = []
+            # In parts, so that a request that is given up does not go on.
+            for part in parts_of(body.candidates):
+                found += await service.in_side_thread(
+                    pipe.caption,
+                    image,
+                    part,
+                    num=body.n,
+                    seed=body.seed,
+                    temperature=body.temperature,
+                    top_p=body.top_p,
+                )
+            found.sort(key=lambda pair: -pair[1])
             check_finite([value for _, value in found])
             return CaptionResponse(
                 data=[Caption(text=text, log_likelihood=value) for text, value in found]
@@ -202,6 +214,16 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
 
     model = _model(service)
     return router
+
+
+def parts_of(candidates: list[str] | None) -> list[list[str] | None]:
+    """Captions that are judged by one call each; one call without candidates."""
+    if candidates is None:
+        return [None]
+    return [
+        candidates[start : start + CAPTIONS_AT_A_TIME]
+        for start in range(0, len(candidates), CAPTIONS_AT_A_TIME)
+    ]
 
 
 _NUM_EXAMPLES = 200

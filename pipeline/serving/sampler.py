@@ -15,7 +15,8 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -98,11 +99,13 @@ class Job:
 
     Args:
         plan: its images.
-        preview_every: codes between two previews of an image; None for none.
+        preview_every: sampled codes between two previews of an image; None for none.
     """
 
     plan: SamplingPlan
     preview_every: int | None
+    num_known: int
+    """Codes of each image that are given."""
     _loop: asyncio.AbstractEventLoop
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _previews: dict[int, Preview] = field(default_factory=dict)
@@ -195,7 +198,7 @@ class Sampler:
         """Rows of the engine; 0 where there is none any more."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, tuple[Job, int]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pending = 0
         self._num_active = 0
         self._codes_per_second = 0.0
@@ -229,13 +232,33 @@ class Sampler:
         """Images that wait for rows."""
         return max(self._pending - self.num_active, 0)
 
-    def check_room(self, count: int) -> None:
-        """Raises what `submit` would for so many images."""
-        if self._closing:
-            raise self._stopped()
-        excess = self._pending + count - self.num_rows // 2 - self.max_waiting
-        if excess > 0:
-            raise QueueFull(self._pending, self._seconds_to_wait(excess))
+    @property
+    def capacity(self) -> int:
+        """Images that are sampled or wait at most."""
+        return self.num_rows // 2 + self.max_waiting
+
+    @contextmanager
+    def room(self, count: int) -> Iterator[None]:
+        """Counts images as waiting while they are planned.
+
+        Raises:
+            QueueFull, ShuttingDown: as `submit`.
+        """
+        self._take_room(count)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pending -= count
+
+    def _take_room(self, count: int) -> None:
+        with self._lock:
+            if self._closing:
+                raise self._stopped()
+            excess = self._pending + count - self.capacity
+            if excess > 0:
+                raise QueueFull(self._pending, self._seconds_to_wait(excess))
+            self._pending += count
 
     def submit(self, plan: SamplingPlan, preview_every: int | None = None) -> Job:
         """Starts a job; called in an event loop, which gets the updates.
@@ -245,10 +268,11 @@ class Sampler:
             ShuttingDown: `stop` was called, or `has_failed`.
         """
         count = len(plan.seeds)
+        length = self.prior.stream.image_length
+        known = length - plan.num_sampled(length) // count
+        job = Job(plan, preview_every, known, asyncio.get_running_loop())
         with self._lock:
-            self.check_room(count)
-            self._pending += count
-            job = Job(plan, preview_every, asyncio.get_running_loop())
+            self._take_room(count)
             # Within the lock: after `stop` the thread ends once the commands are carried out.
             self._commands.put(lambda: self._start(job, range(count)))
         return job
@@ -364,8 +388,9 @@ class Sampler:
         length = self.prior.stream.image_length
         for ticket, done in self._engine.progress.items():
             job, image = self._tickets[ticket]
-            every = job.preview_every
-            if every and done.before // every < done.now // every and done.now < length:
+            if not (every := job.preview_every) or done.now == length:
+                continue
+            if (done.before - job.num_known) // every < (done.now - job.num_known) // every:
                 job.report(Preview(image, *self._engine.codes_so_far(ticket)))
 
     def _recover(self, error: Exception) -> None:

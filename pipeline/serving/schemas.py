@@ -45,7 +45,7 @@ class ImageFields(SamplingFields):
     """What all requests for images have."""
 
     model: str | None = Field(None, max_length=200, description="as in /v1/models")
-    n: int | None = Field(None, ge=1, description="images; 1 where absent")
+    n: int | None = Field(None, ge=1, le=2**20, description="images; 1 where absent")
     size: str | None = Field(None, max_length=20, description="auto, or the bundle's, as 64x64")
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Format | None = None
@@ -59,7 +59,10 @@ class ImageFields(SamplingFields):
     stream: bool | None = None
     partial_images: int | None = Field(None, ge=0, le=64, description="previews per image")
     preview_every: int | None = Field(
-        None, ge=1, description="codes between two previews, in place of partial_images"
+        None,
+        ge=1,
+        le=2**31,
+        description="sampled codes between two previews, in place of partial_images",
     )
     user: str | None = Field(None, max_length=1000, description="ignored")
     quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(
@@ -77,7 +80,9 @@ class GenerationRequest(ImageFields):
     """`POST /v1/images/generations`."""
 
     prompt: Prompt
-    best_of: int | None = Field(None, ge=1, description="images sampled for each one returned")
+    best_of: int | None = Field(
+        None, ge=1, le=2**20, description="images sampled for each one returned"
+    )
     judge: JudgeName = Field(
         "likelihood",
         description="what best_of chooses by: the prior's likelihoods, or the image nearest to the "

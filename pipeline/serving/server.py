@@ -4,6 +4,7 @@ and its signals."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 import signal
@@ -108,8 +109,11 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
+        advice = {
+            errno.EADDRINUSE: "stop what uses the port, or choose another port",
+            errno.EACCES: "choose a port from 1024 on",
+        }.get(error.errno or 0, "give an address of this machine as host")
         raise OSError(
-            f"cannot listen at {host}:{port} ({error.strerror or error}); stop what uses the port, "
-            "or choose another port"
+            f"cannot listen at {host}:{port} ({error.strerror or error}); {advice}"
         ) from error
     return listener

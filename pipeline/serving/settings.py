@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass
 
 MAX_SLOTS = 64
@@ -15,6 +16,8 @@ class ServerSettings:
     host: str = "127.0.0.1"
     """Address to listen at. Others than loopback can be reached from other machines."""
     port: int = 8000
+    public_host: str | None = None
+    """Name by which clients ask a proxy in front of a server that listens at the loopback."""
     slots: int = 32
     """Guided images that are sampled at a time; fewer where the memory holds fewer."""
     max_waiting: int = 256
@@ -45,8 +48,8 @@ class ServerSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("max_body_mb", "timeout", "grace"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} is {value}; it must be a number above 0")
         if self.max_images > self.slots + self.max_waiting:
             raise ValueError(
                 f"max_images is {self.max_images}, and {self.slots} slots with {self.max_waiting} "

@@ -102,8 +102,9 @@ export class Form {
     if (settings.num_inference_steps !== undefined) byId("steps").value = settings.num_inference_steps;
     if (settings.best_of) byId("best_of").value = settings.best_of;
     if (settings.judge) byId("judge").value = settings.judge;
-    byId("n").value = Math.max(Number(byId("n").value), image + 1);
-    setNumber(byId("n"), byId("n").value);
+    const most = Math.floor((this.model.limits.n ?? Infinity) / Number(byId("best_of").value));
+    const images = Math.min(Number(byId("n").value), most); // as many as the server samples
+    setNumber(byId("n"), Math.max(images, image + 1));
     byId("random").checked = seed === undefined;
     this.#showSeed();
     byId("more").open = true;
@@ -149,7 +150,7 @@ export class Form {
     for (const name of NUMBERS) setNumber(byId(name), defaults[name]);
     byId("steps").value = defaults.num_inference_steps ?? "";
     byId("best_of").value = 1;
-    byId("judge").value = "likelihood";
+    byId("judge").value = this.model.can_guide ? "likelihood" : "consensus";
   }
 
   #showSeed() {

@@ -65,6 +65,7 @@ export class Gallery {
   }
 
   clear() {
+    for (const { href } of this.#root.querySelectorAll("a[download]")) URL.revokeObjectURL(href);
     this.#root.replaceChildren();
     this.refresh();
   }

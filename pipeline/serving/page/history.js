@@ -42,8 +42,15 @@ export class History {
     return records.filter((record) => record.bundle === bundle);
   }
 
+  /** Removes all records. Returns whether the browser did. */
   async clear() {
-    if (this.#base) await done(this.#store("readwrite").clear());
+    if (!this.#base) return true;
+    try {
+      await done(this.#store("readwrite").clear());
+      return true;
+    } catch {
+      return false;
+    }
   }
 
   #store(mode) {

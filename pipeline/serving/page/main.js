@@ -13,6 +13,8 @@ const NUM_IDEAS = 8;
 const NOT_KEPT =
   "the browser has no room for more images; download those you want to keep, and clear the history";
 
+const NOT_CLEARED = "the browser did not remove the images; remove this site's data in its settings";
+
 /** Everything that needs to know the bundle. */
 class Page {
   #running = null;
@@ -84,15 +86,17 @@ class Page {
 
   async clear() {
     if (!confirm("Remove all images from this browser?")) return;
-    await this.history.clear();
     this.gallery.clear();
-    announce("The history is empty.");
+    const cleared = await this.history.clear();
+    announce(cleared ? "The history is empty." : "");
+    if (!cleared) showError(byId("alert"), new Error(NOT_CLEARED));
   }
 
   #begin(count) {
     showError(byId("alert"));
     announce(`Drawing ${count} ${count === 1 ? "image" : "images"} …`);
     byId("draw").disabled = true;
+    byId("clear").disabled = true; // else an image that comes later would be kept
     show(byId("cancel"));
     byId("gallery").setAttribute("aria-busy", "true");
   }
@@ -100,6 +104,7 @@ class Page {
   #end() {
     const focused = [byId("cancel"), document.body].includes(document.activeElement);
     byId("draw").disabled = false;
+    byId("clear").disabled = false;
     show(byId("cancel"), false);
     byId("gallery").removeAttribute("aria-busy");
     if (focused) byId("draw").focus({ preventScroll: true });
@@ -133,7 +138,7 @@ class Page {
     document.addEventListener("drop", (event) => {
       event.preventDefault();
       document.body.classList.remove("dropping");
-      this.#read(event.dataTransfer.files[0]);
+      if (!document.querySelector("dialog[open]")) this.#read(event.dataTransfer.files[0]);
     });
   }
 

@@ -5,6 +5,8 @@ import { requestJson } from "/page/api.js";
 import { colour, isLight, scale } from "/page/colours.js";
 import { byId, el, facts, show } from "/page/dom.js";
 
+const TOLD = ["scores", "legend-low", "legend-high", "code-readout"];
+
 /** Splits what is there for each code into the levels of a bundle, the coarse ones first. */
 export function byLevel(grids, values) {
   let at = 0;
@@ -38,6 +40,7 @@ export class TokensView {
   async load(record) {
     this.#scored = null;
     this.#grid.replaceChildren();
+    for (const name of TOLD) byId(name).textContent = ""; // of the image before
     const json = { prompt: record.prompt, codes: record.codes };
     this.#asked = record;
     const scored = await requestJson("/v1/score", { json });

@@ -91,6 +91,11 @@ def test_tokens_of_a_file(tmp_path, caplog):
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no token"):
         read_tokens(path)
+    path.write_text("# my laptop\nsecret\n")
+    with pytest.raises(ValueError, match=r"token 1 of .* has a space; write one token per line"):
+        read_tokens(path)
+    with pytest.raises(OSError, match=r"cannot be read .*; give a file with one token per line"):
+        read_tokens(tmp_path)
     path.write_text("schlüssel")
     with pytest.raises(ValueError, match="beyond ASCII"):
         read_tokens(path)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.serving.schemas import EditFields
 from stage1_tokenizer.pixels import image_array
 from tests.helpers.serving import client_of, image_of, png_of, serving_pipeline
 
@@ -84,6 +87,40 @@ def test_a_variation_is_that_of_an_offline_call(client, pipe, image):
     assert codes_of(response) == expected.codes.flatten(1).tolist()
 
 
+def test_a_list_of_one_image_is_an_image_and_longer_ones_are_refused(client, pipe, image):
+    """OpenAI's client sends a list as the field `image[]`."""
+    mask = ("mask", png_of(left_half()))
+    one = ("image[]", png_of(image))
+    expected = codes_of(post(client, EDITS, image, left_half()))
+    assert codes_of(client.post(EDITS, data=FIELDS, files=[one, mask])) == expected
+    for files, count in (([one, one, mask], 2), ([mask], 0)):
+        refused = client.post(EDITS, data=FIELDS, files=files)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, "image")
+        assert f"there are {count} images; give one" in error["message"]
+
+
+def test_previews_of_an_edit_divide_the_codes_that_are_sampled(pipe, image):
+    """By the service itself: a client may be too slow to see all previews."""
+    with client_of(pipe) as client:
+        service = client.app.state.service
+
+        async def run():
+            mask = black()
+            mask.paste(255, (0, 0, 8, 8))
+            fields = EditFields(prompt="a red heart", seed=3, stream=True, partial_images=2)
+            work = await service.edit(fields, png_of(image), png_of(mask))
+            job = service.start(work)
+            images = service.images(work, job, service.deadline())
+            return work, job, [type(one).__name__ async for one in images]
+
+        work, job, found = asyncio.run(run())
+    sampled = work.plan.num_sampled(16)
+    assert 3 <= sampled < 16 and job.num_known == 16 - sampled
+    assert job.preview_every == math.ceil(sampled / 3)
+    assert found[-1] == "Complete" and "Partial" in found
+
+
 def test_steps_of_several_codes_are_those_of_an_offline_call(client, pipe):
     body = {"prompt": "a red heart", "seed": 3, "n": 2, "steps": 4}
     response = client.post("/v1/images/generations", json=body)
@@ -94,11 +131,11 @@ def test_steps_of_several_codes_are_those_of_an_offline_call(client, pipe):
 @pytest.mark.parametrize(
     ("mask", "fields", "param", "words"),
     [
-        (black((8, 8)), {}, None, "the mask is 8x8 and the image 16x16"),
+        (black((8, 8)), {}, "mask", "the mask is 8x8 and the image 16x16"),
         (black(), {}, "mask", "the mask is empty"),
         (None, {}, "mask", "one of mask and outpaint_at"),
         (left_half(), {"outpaint_at": "0,0"}, "mask", "one of mask and outpaint_at"),
-        (None, {"outpaint_at": "0,0"}, None, "fills the canvas"),
+        (None, {"outpaint_at": "0,0"}, "image", "fills the canvas"),
         (None, {"outpaint_at": "north"}, "outpaint_at", "pattern"),
     ],
 )
@@ -113,6 +150,7 @@ def test_images_that_do_not_fit_are_refused(client, image):
     large = post(client, EDITS, image.resize((32, 32)), left_half().resize((32, 32)))
     assert large.status_code == 400
     assert "the image is 32x32 and this prior draws 16x16" in large.json()["error"]["message"]
+    assert large.json()["error"]["param"] == "image"
     files = {"image": b"no image", "mask": png_of(left_half())}
     broken = client.post(EDITS, data=FIELDS, files=files)
     assert broken.status_code == 400 and broken.json()["error"]["param"] == "image"

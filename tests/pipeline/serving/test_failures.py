@@ -69,8 +69,8 @@ def test_an_unforeseen_error_of_a_stream_is_one_event(client, monkeypatch, caplo
 
 
 REFUSALS = [
-    (URL, HEART | {"steps": 99}, "num_inference_steps is 99"),
-    (URL, HEART | {"steps": 99, "stream": True}, "num_inference_steps is 99"),
+    (URL, HEART | {"steps": 99}, "steps is 99"),
+    (URL, HEART | {"steps": 99, "stream": True}, "steps is 99"),
     (URL, HEART | {"prompt": "a red heart " * 20}, "tokens and there are"),
     ("/v1/score", {"prompt": "a red heart " * 20, "codes": [0] * 16}, "tokens and there are"),
     ("/v1/captions", {"image": None, "candidates": ["a red heart " * 20]}, "tokens and there are"),
@@ -86,4 +86,5 @@ def test_a_refusal_of_the_library_has_its_message_and_is_not_logged(
     error = response.json()["error"]
     assert (response.status_code, error["code"]) == (400, "invalid_value"), error
     assert words in error["message"]
+    assert error["param"] == ("steps" if "steps" in body else None)
     assert not [one for one in caplog.records if one.levelno >= logging.WARNING]

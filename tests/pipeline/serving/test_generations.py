@@ -118,6 +118,8 @@ def test_a_png_holds_its_settings(client):
         "bundle": "tiny",
         "seed": 7,
         "temperature": 0.5,
+        "guidance_scale": 1.0,
+        "guidance_interval": [0.0, 1.0],
         "image": 1,
     }
 
@@ -139,11 +141,15 @@ def test_transparency_is_kept_or_laid_on_white():
     assert said == {"auto": "transparent", "transparent": "transparent", "opaque": "opaque"}
 
 
-def test_urls_give_the_image_once_it_is_there(client):
+def test_urls_give_the_image_once_it_is_there(client, pipe):
     body = client.post(URL, json=HEART | {"response_format": "url"}).json()
     url = body["data"][0]["url"]
     content = client.get(url)
     assert content.headers["content-type"] == "image/png"
+    with client_of(pipe, tokens=("secret",)) as closed:  # whoever has a URL may open it
+        header = {"Authorization": "Bearer secret"}
+        named = closed.post(URL, json=HEART | {"response_format": "url"}, headers=header)
+        assert closed.get(named.json()["data"][0]["url"]).content == content.content
     expected = client.post(URL, json=HEART).json()["data"][0]["b64_json"]
     assert content.content == base64.b64decode(expected)
     gone = client.get(url.replace("/v1/files/", "/v1/files/x"))
@@ -220,6 +226,8 @@ def image_of_bytes(content):
         ({"temperature": -1}, 400, "temperature", "greater"),
         ({"seed": -1}, 400, "seed", "greater"),
         ({"steps": 4}, 400, None, "random"),
+        ({"partial_images": 2}, 400, "partial_images", "set stream to true"),
+        ({"preview_every": 2}, 400, "preview_every", "set stream to true"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(client, change, status, param, words):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -99,6 +100,54 @@ def test_a_stream_whose_client_reads_late_ends_with_an_error(pipe, monkeypatch):
 
     asyncio.run(run())
     service.close()
+
+
+def test_requests_that_are_being_planned_fill_the_queue(pipe, monkeypatch):
+    """Else the bodies of any number of requests would be held while they wait to be planned."""
+    held, planning = threading.Event(), threading.Event()
+    in_any_case = threading.Timer(20, held.set)
+    in_any_case.start()
+    plain = TextToImagePipeline.plan
+
+    def slow(*arguments, **options):
+        planning.set()
+        held.wait(30)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(TextToImagePipeline, "plan", slow)
+    with (
+        client_of(pipe, num_rows=2, max_waiting=1, max_images=2) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        first = [pool.submit(client.post, URL, json=HEART)]
+        assert planning.wait(30)
+        first.append(pool.submit(client.post, URL, json=HEART))
+        sampler = client.app.state.service.sampler
+        while sampler.num_pending < 2:
+            time.sleep(0.001)
+        full = client.post(URL, json=HEART)
+        held.set()
+        in_any_case.cancel()
+        assert [one.result().status_code for one in first] == [200, 200]
+        assert sampler.num_pending == 0
+    assert full.status_code == 429 and full.headers["retry-after"] == "1"
+
+
+def test_a_request_that_fails_to_be_planned_gives_its_room_back(pipe):
+    with client_of(pipe, num_rows=2, max_waiting=1, max_images=2) as client:
+        for _ in range(4):
+            refused = client.post(URL, json=HEART | {"prompt": "x " * 400})
+            assert refused.status_code == 400
+        assert client.app.state.service.sampler.num_pending == 0
+
+
+def test_a_request_that_never_fits_is_refused_and_not_told_to_come_again(pipe):
+    """As where the memory holds fewer slots than were asked for."""
+    with client_of(pipe, num_rows=8, max_waiting=1, max_images=5) as client:
+        client.app.state.service.sampler.num_rows = 2
+        refused = client.post(URL, json=HEART | {"n": 3})
+    assert refused.status_code == 400
+    assert "at most 2 per request" in refused.json()["error"]["message"]
 
 
 def test_an_image_is_not_read_where_there_is_no_room(pipe, monkeypatch):

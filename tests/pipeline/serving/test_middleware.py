@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import time
 from collections import deque
+from contextlib import suppress
 
 import pytest
 
@@ -39,9 +41,14 @@ def test_prompts_are_not_logged_unless_asked(caplog):
     with client_of() as client:
         client.post(URL, json=HEART)
         assert "heart" not in caplog.text
+        client.post("/v1/score", json={"prompt": "a red heart", "codes": [0] * 16})
+        assert "heart" not in caplog.text
     with client_of(log_prompts=True) as client:
         client.post(URL, json=HEART, headers={"x-request-id": "mine-2"})
+        scored = {"prompt": "a blue star", "codes": [0] * 16}
+        client.post("/v1/score", json=scored, headers={"x-request-id": "mine-3"})
     assert "mine-2 prompt 'a red heart'" in caplog.text
+    assert "mine-3 prompt 'a blue star'" in caplog.text
 
 
 def test_tokens_are_needed_but_for_the_page_and_health():
@@ -89,6 +96,12 @@ def test_other_hosts_are_refused_on_the_loopback(client, host):
     assert error["code"] == "invalid_host" and "use one of 127.0.0.1" in error["message"]
 
 
+def test_the_host_of_a_proxy_is_answered_where_it_is_given():
+    with client_of(public_host="Draw.example.org") as client:
+        for host, status in (("draw.example.org", 200), ("localhost", 200), ("evil.example", 400)):
+            assert client.get("/healthz", headers={"host": host}).status_code == status
+
+
 @pytest.mark.parametrize("host", ["localhost", "LocalHost:8000", "127.0.0.1:8000", "[::1]:8000"])
 def test_this_machine_s_hosts_are_answered(client, host):
     assert client.get("/healthz", headers={"host": host}).status_code == 200
@@ -112,6 +125,18 @@ def test_invented_methods_are_one_label_of_the_metrics():
             assert client.request(f"ODD{i}", "/healthz").status_code == 405
         text = client.get("/metrics").text
     assert 'method="other",path="/healthz",status="405"} 3.0' in text and "ODD" not in text
+
+
+def test_a_path_that_no_route_has_is_in_the_log_and_in_no_metric(client, caplog):
+    caplog.set_level(logging.INFO, "pipeline.serving")
+    client.get("/v1/no%0Athing")
+    assert "GET /v1/no\\nthing 404 in" in caplog.text
+    assert 'path="other"' in client.get("/metrics").text
+
+
+def test_load_balancers_may_ask_by_head(client):
+    for path in ("/", "/healthz", "/readyz"):
+        assert client.head(path).status_code == 200
 
 
 def test_unknown_paths_and_methods(client):
@@ -139,15 +164,34 @@ def test_a_body_that_never_comes_ends_in_408(monkeypatch):
     assert answer.startswith("HTTP/1.1 408") and "no part of the body came" in answer
 
 
+def test_a_body_that_drips_ends_in_408(monkeypatch):
+    with running(tiny_app(serving_pipeline(), timeout=0.4)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as slow:
+            head = f"POST {URL} HTTP/1.1\r\nhost: {host}\r\ncontent-length: 900\r\n"
+            slow.sendall(f"{head}content-type: application/json\r\n\r\n".encode())
+            slow.setblocking(False)
+            answer = b""
+            deadline = time.monotonic() + 20
+            while not answer and time.monotonic() < deadline:
+                with suppress(BrokenPipeError, ConnectionResetError):
+                    slow.send(b" ")
+                time.sleep(0.05)
+                with suppress(BlockingIOError):
+                    answer = slow.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
 PATHS = (URL, "/v1/score", "/v1/captions", "/v1/tokens")
 
 
 NO_OBJECTS = (b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{}" * 9)
 NO_NUMBERS = (b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "n": Infinity}')
 NO_TEXT = (b'{"prompt": "\\ud800"}',)
+ENDLESS = (b'{"prompt": "a", "n": %s, "best_of": %s}' % (b"9" * 4000, b"9" * 4000),)
 
 
-@pytest.mark.parametrize("content", NO_OBJECTS + NO_NUMBERS + NO_TEXT)
+@pytest.mark.parametrize("content", NO_OBJECTS + NO_NUMBERS + NO_TEXT + ENDLESS)
 def test_malformed_bodies_are_refused(client, content):
     for path in PATHS:
         response = client.post(path, content=content, headers={"content-type": "application/json"})

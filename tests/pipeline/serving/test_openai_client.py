@@ -148,5 +148,5 @@ def test_an_error_within_a_stream(client, monkeypatch):
 
 
 def test_a_stream_that_is_refused_does_not_begin(client):
-    with pytest.raises(openai.BadRequestError, match="num_inference_steps"):
+    with pytest.raises(openai.BadRequestError, match="steps is 99"):
         client.images.generate(prompt="a red heart", stream=True, extra_body={"steps": 99})

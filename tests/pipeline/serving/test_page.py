@@ -188,6 +188,65 @@ def dropped(page: Any, file: Path) -> None:
     page.dispatch_event("body", "drop", {"dataTransfer": transfer})
 
 
+def test_settings_that_need_many_images_ask_for_fewer_at_a_time(page, open_page, any_order):
+    """The server samples 16 images per request: four at a time of the best of five are too many."""
+    options(page)
+    draw(page, "a blue star", 1, seed=5, best_of=5)
+    page.locator(".open").click()
+    page.locator("#reuse").click()
+    page.locator("#n").fill("4")
+    page.locator(".open").click()
+    page.locator("#reuse").click()
+    expect(page.locator("#n")).to_have_value("3")
+
+
+def test_the_history_is_not_cleared_while_images_are_drawn(page, any_order):
+    any_order.gate.close_after(2)
+    page.locator("#draw").click()
+    expect(page.locator("#clear")).to_be_disabled()
+    any_order.gate.open()
+    ready(page, 4)
+    expect(page.locator("#clear")).to_be_enabled()
+
+
+def test_a_history_that_cannot_be_cleared_is_an_error(page):
+    draw(page)
+    page.evaluate(
+        "() => { IDBObjectStore.prototype.clear = () => { throw new DOMException('no'); }; }"
+    )
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.locator("#clear").click()
+    expect(page.locator("#alert")).to_contain_text("the browser did not remove the images")
+
+
+def test_scores_of_another_image_are_gone_while_those_of_this_one_are_asked_for(page):
+    draw(page, "a blue star", 2)
+    page.locator(".open").first.click()
+    page.locator("[data-mode=tokens]").click()
+    expect(page.locator("#scores")).not_to_be_empty()
+    page.locator("#viewer-close").click()
+    refusal = '{"error": {"message": "too busy"}}'
+    page.route(
+        "**/v1/score",
+        lambda route: route.fulfill(status=429, body=refusal, content_type="application/json"),
+    )
+    page.locator(".open").last.click()
+    page.locator("[data-mode=tokens]").click()
+    expect(page.locator("#viewer-alert")).to_contain_text("too busy")
+    for name in ("#scores", "#legend-low", "#legend-high", "#code-readout"):
+        expect(page.locator(name)).to_be_empty()
+
+
+def test_a_file_that_is_dropped_on_an_open_image_changes_nothing(page, tmp_path):
+    draw(page)
+    page.locator(".open").click()
+    file = tmp_path / "plain.png"
+    file.write_bytes(b"no image")
+    dropped(page, file)
+    page.locator("#viewer-close").click()
+    expect(page.locator("#alert")).to_be_empty()
+
+
 def test_a_file_that_is_no_image_is_refused(page, tmp_path):
     file = tmp_path / "plain.png"
     file.write_bytes(b"no image")

@@ -63,7 +63,7 @@ def test_the_page_works_where_the_browser_stores_nothing(open_page, raster):
 
 
 def test_what_a_bundle_cannot_do_is_not_shown(page, open_page, raster):
-    names = ["#guidance_scale", "#steps", "#best_of", "#judge", "#styles"]
+    names = ["#guidance_scale", "#steps", "#styles"]
     inside = ["#caption", "#vary", "[data-mode=edit]", "[data-mode=extend]"]
     options(page)
     draw(page)
@@ -77,6 +77,18 @@ def test_what_a_bundle_cannot_do_is_not_shown(page, open_page, raster):
     plain.locator(".open").click()
     for name in names + inside:
         expect(plain.locator(name)).to_be_hidden()
+
+
+def test_a_bundle_without_guidance_chooses_the_best_by_consensus(open_page, raster):
+    plain = open_page(raster.url)
+    plain.locator("#token").fill("secret")
+    plain.keyboard.press("Enter")
+    expect(plain.locator("#form")).to_be_visible()
+    options(plain)
+    expect(plain.locator("#judge")).to_have_value("consensus")
+    expect(plain.locator("#judge option[value=likelihood]")).to_have_attribute("hidden", "")
+    draw(plain, best_of=2)
+    expect(plain.locator("#alert")).to_be_empty()
 
 
 # Looks, keyboard, names

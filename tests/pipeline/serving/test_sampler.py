@@ -69,7 +69,7 @@ def test_a_full_queue_tells_how_long_its_codes_take(pipe, monkeypatch):
         with pytest.raises(QueueFull, match="try again in 4 seconds"):
             sampler.submit(plan(pipe))  # one too many
         with pytest.raises(QueueFull, match="try again in 12 seconds") as full:
-            sampler.check_room(3)
+            sampler.room(3).__enter__()
         gate.open.set()
         await all_of(job)
         assert sampler._codes_per_second != 4.0

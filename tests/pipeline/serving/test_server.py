@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -155,8 +156,9 @@ def test_a_bundle_of_gaussian_latents_is_refused(tmp_path, capsys):
     assert status == 1 and "has Gaussian latents" in error
 
 
-def test_missing_packages_name_the_command(bundle, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pipeline.serving.server", None)
+@pytest.mark.parametrize("package", ["python_multipart", "pipeline.serving.server"])
+def test_missing_packages_name_the_command(bundle, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
     status, error = refused(capsys, "--bundle", bundle)
     assert status == 2 and "pip install 'mini-dalle[serve]'" in error
 
@@ -169,6 +171,8 @@ def test_missing_packages_name_the_command(bundle, capsys, monkeypatch):
         ({"port": 0}, "from 1 to 65535"),
         ({"max_images": 0}, "at least 1"),
         ({"timeout": 0.0}, "above 0"),
+        ({"grace": math.inf}, "grace is inf; it must be a number above 0"),
+        ({"max_body_mb": math.nan}, "max_body_mb is nan"),
         ({"max_images": 100, "max_waiting": 10}, "raise max_waiting"),
     ],
 )
@@ -215,5 +219,5 @@ def test_slots_that_are_neither_a_number_nor_auto_are_refused(bundle, capsys):
 
 
 def test_listen_names_an_address_that_is_not_ours():
-    with pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1:8000"):
+    with pytest.raises(OSError, match=r"cannot listen at 192\.0\.2\.1:8000 .* give an address of"):
         listen("192.0.2.1", 8000)
