@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -135,3 +136,29 @@ def test_two_replicas(tmp_path):
         assert [ask(server).status_code for _ in range(8)] == [200] * 8
         after = server.wait_for_replicas(1, besides=before)
         assert len(after.keys() & before.keys()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_replica_is_added_where_more_requests_run_than_one_is_to_have(tmp_path):
+    serving_pipeline().save_pretrained(tmp_path / "tiny")
+    found = threading.Event()
+
+    def keep_asking(server):
+        statuses = set()
+        while not found.is_set():
+            statuses.add(ask(server).status_code)
+        return statuses
+
+    limits = {"min_replicas": 1, "max_replicas": 2, "target_requests": 1, "cpus": 0.5}
+    with (
+        ray_serve(tmp_path, bundle=str(tmp_path / "tiny"), **limits) as server,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        try:
+            assert len(server.wait_for_replicas(1)) == 1
+            asking = [pool.submit(keep_asking, server) for _ in range(6)]
+            assert len(server.wait_for_replicas(2)) == 2
+        finally:
+            found.set()
+        assert set().union(*(one.result() for one in asking)) == {200}
