@@ -24,12 +24,13 @@ class SamplingPlan:
     codes: Tensor | None = None
     """(B,N) the given codes."""
 
+    def num_known(self, length: int) -> int:
+        """Codes of each image, of `length`, that are given: as many in each."""
+        return 0 if self.known is None else int(self.known.reshape(-1, length)[0].sum())
+
     def num_sampled(self, length: int) -> int:
         """Codes that are sampled for all images, of `length` each."""
-        count = len(self.seeds) * length
-        if self.known is None:
-            return count
-        return count - int(self.known.expand(len(self.seeds), length).sum())
+        return len(self.seeds) * (length - self.num_known(length))
 
     def check(self, prior: PriorModule) -> None:
         """Raises ValueError, as `sample` does, where the prior cannot sample this."""

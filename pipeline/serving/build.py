@@ -41,8 +41,9 @@ def build_app(
         replica: a name among several processes, which each metric then carries.
 
     Raises:
-        ValueError: the bundle has Gaussian latents, or the file has no token.
+        ValueError: the bundle has Gaussian latents, or the file has a line that is no token.
         FileNotFoundError: there is no such bundle or file.
+        OSError: the file cannot be read.
         MemoryError: not even one image fits the memory.
     """
     tokens = [] if token_file is None else read_tokens(token_file)
@@ -101,16 +102,20 @@ def read_tokens(path: Path) -> list[str]:
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    tokens = [line.strip() for line in text.splitlines() if line.strip()]
+    tokens = []
+    for number, line in enumerate(text.splitlines(), 1):
+        token = line.strip()
+        if len(token.split()) > 1:
+            raise ValueError(
+                f"line {number} of {path} has a space; write one token per line and nothing else"
+            )
+        if not (token.isascii() and token.isprintable()):
+            raise ValueError(
+                f"line {number} of {path} has letters beyond ASCII, or none; write another token"
+            )
+        tokens += [token] if token else []
     if not tokens:
         raise ValueError(f"{path} holds no token; write one per line")
-    for number, token in enumerate(tokens, 1):
-        if not (token.isascii() and token.isprintable()):
-            raise ValueError(f"{path} holds a token with letters beyond ASCII; write another one")
-        if " " in token:
-            raise ValueError(
-                f"token {number} of {path} has a space; write one token per line and nothing else"
-            )
     status = path.stat()
     # The group of another one's file may be what lets this process read it.
     is_own = status.st_uid == os.geteuid()

@@ -1,4 +1,5 @@
-"""Images as files: what clients upload, and what they get. Knows formats and metadata alone."""
+"""Images as files: what clients upload, and what they get. Knows formats, metadata and
+the error of an upload that cannot be read."""
 
 from __future__ import annotations
 

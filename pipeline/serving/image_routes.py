@@ -148,7 +148,7 @@ def image_router(service: ImageService, metrics: Metrics) -> APIRouter:
     return router
 
 
-Upload = Annotated[UploadFile | None, File(description="the image")]
+Upload = Annotated[UploadFile | None, File(description="the image; needed, here or in image[]")]
 Uploads = Annotated[
     list[UploadFile] | None,
     Field(alias="image[]", description="the image, as OpenAI's client sends a list of one"),

@@ -122,6 +122,11 @@ class ImageService:
         height, width = self.pipe.tokenizer.size
         return f"{width}x{height}"
 
+    @property
+    def max_images(self) -> int:
+        """Images per request at most, those that `best_of` drops included."""
+        return min(self.settings.max_images, self.sampler.capacity)
+
     async def in_thread(
         self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs
     ) -> T:
@@ -165,8 +170,19 @@ class ImageService:
         except ValueError as error:
             raise refusal(error) from error
 
-    def log_prompt(self, request_id: str, prompt: str) -> None:
-        """Writes a prompt into the log, where the server was asked to."""
+    async def text_ids(self, prompt: str) -> Tensor:
+        """Ids of a prompt (1,T).
+
+        Raises:
+            ApiError: it has more tokens than the bundle reads.
+        """
+        try:
+            return await self.in_thread(self.pipe.text_ids, [prompt])
+        except ValueError as error:
+            raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
+
+    def log_prompt(self, request_id: str, prompt: str | list[str]) -> None:
+        """Writes a prompt, or several, into the log, where the server was asked to."""
         if self.settings.log_prompts:
             _log.info("%s prompt %r", request_id, prompt)
 
@@ -188,6 +204,7 @@ class ImageService:
         best_of = request.best_of or 1
         self._check(request, prompt, best_of)
         with self.sampler.room((request.n or 1) * best_of):
+            await self.text_ids(prompt)
             if request.judge == "likelihood":
                 await self.from_input(self.pipe.check_best_of, best_of)
             seed = _seed(request)
@@ -212,6 +229,7 @@ class ImageService:
             )
         self._check_can_edit()
         with self.sampler.room(fields.n or 1):
+            await self.text_ids(fields.prompt)
             image = await self.in_thread(opened, content, "image")
             seed = _seed(fields)
             options = _options(fields, seed)
@@ -224,7 +242,7 @@ class ImageService:
                 )
             else:
                 assert mask is not None
-                white = as_mask(await self.in_thread(opened, mask, "mask"))
+                white = await self.in_thread(lambda: as_mask(opened(mask, "mask")))
                 plan = await self.from_input(
                     self.pipe.plan_edit, image, white, fields.prompt, **options
                 )
@@ -241,6 +259,7 @@ class ImageService:
         self._check(fields, fields.prompt)
         self._check_can_edit()
         with self.sampler.room(fields.n or 1):
+            await self.text_ids(fields.prompt)
             image = await self.in_thread(opened, content, "image")
             seed = _seed(fields)
             options = _options(fields, seed)
@@ -272,22 +291,24 @@ class ImageService:
         warnings: tuple[str, ...] = ()
         if self.pipe.known_prompts is not None:
             warnings = tuple(await self.in_thread(self.pipe.known_prompts.problems, prompt))
-        options_used = {k: v for k, v in asdict(plan.options).items() if v is not None}
-        settings = settings | {"bundle": self.name, "seed": seed} | options_used
+        options_used = asdict(plan.options)
+        if plan.known is not None and fields.steps is None:
+            del options_used["num_inference_steps"]  # fewer than in the bundle, for a part alone
+        settings = settings | {"bundle": self.name, "seed": seed}
+        settings |= {name: value for name, value in options_used.items() if value is not None}
         return Work(plan, fields, seed, settings, warnings=warnings, **options)
 
     def _check(self, fields: ImageFields, prompt: str, best_of: int = 1) -> None:
-        most = self.settings.max_images
         if fields.model not in (None, self.name):
             message = f"there is no model {fields.model!r}; this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        most = min(most, self.sampler.capacity)
+        most = self.max_images
         if (count := (fields.n or 1) * best_of) > most:
             message = f"n * best_of is {count}; this server samples at most {most} per request"
             raise ApiError(400, message, param="n", code="too_many_images")
         self.check_prompt(prompt)
         for name in ("partial_images", "preview_every"):
-            if getattr(fields, name) is not None and not fields.stream:
+            if getattr(fields, name) and not fields.stream:
                 message = f"{name} is of streams; set stream to true, or leave {name} out"
                 raise ApiError(400, message, param=name, code="invalid_value")
         if fields.size not in (None, "auto", self.size):
@@ -392,8 +413,9 @@ class ImageService:
         fields = work.fields
         if fields.preview_every is not None or not fields.partial_images:
             return fields.preview_every
-        sampled = work.plan.num_sampled(self.pipe.prior.stream.image_length)
-        return math.ceil(sampled / len(work.plan.seeds) / (fields.partial_images + 1))
+        length = self.pipe.prior.stream.image_length
+        sampled = length - work.plan.num_known(length)
+        return math.ceil(sampled / (fields.partial_images + 1))
 
     def _preview(self, work: Work, update: Preview) -> bytes:
         codes = self.pipe.in_layout(update.codes[None])

@@ -29,8 +29,6 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9.-]+))(?::[0-9]+)?")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 """That metrics tell apart."""
-_MOST_LETTERS = 200
-"""Of a path that no route has, in the log."""
 _READ_SECONDS = 30.0
 """Seconds between two parts of a request's body at most."""
 WRITE_SECONDS = 60.0
@@ -80,7 +78,7 @@ class RequestLog:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self.metrics.requests.labels(path, method, str(status)).inc()
             self.metrics.seconds.labels(path).observe(seconds)
-            asked = path if route else printable(scope["path"])[:_MOST_LETTERS]
+            asked = path if route else printable(scope["path"])
             _log.info("%s %s %s %d in %.0f ms", name, method, asked, status, seconds * 1e3)
 
 

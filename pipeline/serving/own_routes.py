@@ -59,7 +59,8 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
         "/readyz", response_model=Status, responses={503: {"model": Status}}, tags=["server"]
     )
     async def readyz() -> Response:
-        """200 while requests are accepted; 503 before the bundle is ready and at the end."""
+        """200 while requests are accepted; 503 once the server stops. Until the bundle is loaded,
+        clients wait."""
         status = "broken" if service.sampler.has_failed else state.status
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
@@ -92,7 +93,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
         async def work() -> ScoreResponse:
             service.check_prompt(body.prompt)
             service.log_prompt(request.state.request_id, body.prompt)
-            ids = await service.from_input(pipe.text_ids, [body.prompt])
+            ids = await service.text_ids(body.prompt)
             codes = await codes_of(body.image, body.codes)
             return await service.in_side_thread(scored, codes, ids)
 
@@ -109,14 +110,14 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
             raise ApiError(400, message, code="not_supported")
 
         async def work() -> CaptionResponse:
-            for one in body.candidates or ():
-                service.check_prompt(one)
-                service.log_prompt(request.state.request_id, one)
             if body.candidates is not None:
+                for one in body.candidates:
+                    service.check_prompt(one)
+                service.log_prompt(request.state.request_id, body.candidates)
                 await service.from_input(pipe.text.encode, body.candidates)
             image = await service.from_input(decoded, body.image)
             found: list[tuple[str, float]] = []
-            # In parts, so that a request that is given up does not go on.
+            # In parts, each of which encodes the image: a request that is given up ends soon.
             for part in parts_of(body.candidates):
                 found += await service.in_side_thread(
                     pipe.caption,
@@ -252,5 +253,5 @@ def _model(service: ImageService) -> Model:
         styles=[] if known is None else list(known.styles),
         examples=names[:: max(len(names) // _NUM_EXAMPLES, 1)],
         defaults=defaults,
-        limits={"n": settings.max_images, "prompt": settings.max_prompt},
+        limits={"n": service.max_images, "prompt": settings.max_prompt},
     )

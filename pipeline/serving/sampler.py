@@ -100,12 +100,12 @@ class Job:
     Args:
         plan: its images.
         preview_every: sampled codes between two previews of an image; None for none.
+        num_known: codes of each image that are given.
     """
 
     plan: SamplingPlan
     preview_every: int | None
     num_known: int
-    """Codes of each image that are given."""
     _loop: asyncio.AbstractEventLoop
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _previews: dict[int, Preview] = field(default_factory=dict)
@@ -198,7 +198,7 @@ class Sampler:
         """Rows of the engine; 0 where there is none any more."""
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[int, tuple[Job, int]] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._pending = 0
         self._num_active = 0
         self._codes_per_second = 0.0
@@ -244,7 +244,8 @@ class Sampler:
         Raises:
             QueueFull, ShuttingDown: as `submit`.
         """
-        self._take_room(count)
+        with self._lock:
+            self._take_room(count)
         try:
             yield
         finally:
@@ -252,13 +253,13 @@ class Sampler:
                 self._pending -= count
 
     def _take_room(self, count: int) -> None:
-        with self._lock:
-            if self._closing:
-                raise self._stopped()
-            excess = self._pending + count - self.capacity
-            if excess > 0:
-                raise QueueFull(self._pending, self._seconds_to_wait(excess))
-            self._pending += count
+        """Within the lock."""
+        if self._closing:
+            raise self._stopped()
+        excess = self._pending + count - self.capacity
+        if excess > 0:
+            raise QueueFull(self._pending, self._seconds_to_wait(excess))
+        self._pending += count
 
     def submit(self, plan: SamplingPlan, preview_every: int | None = None) -> Job:
         """Starts a job; called in an event loop, which gets the updates.
@@ -268,8 +269,7 @@ class Sampler:
             ShuttingDown: `stop` was called, or `has_failed`.
         """
         count = len(plan.seeds)
-        length = self.prior.stream.image_length
-        known = length - plan.num_sampled(length) // count
+        known = plan.num_known(self.prior.stream.image_length)
         job = Job(plan, preview_every, known, asyncio.get_running_loop())
         with self._lock:
             self._take_room(count)

@@ -227,7 +227,8 @@ class Model(BaseModel):
     """Whether the prior was trained on random orders, so that any part can be resampled."""
     can_caption: bool
     can_guide: bool
-    """Whether guidance and `best_of` work: the prior was trained with caption dropout."""
+    """Whether guidance and `best_of` by likelihoods work: the prior was trained with caption
+    dropout."""
     styles: list[str]
     examples: list[str]
     """Prompts that the bundle knows."""

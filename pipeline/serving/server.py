@@ -34,9 +34,9 @@ def serve(bundle: str | Path, settings: ServerSettings, *, token_file: Path | No
         token_file: tokens that clients may show, one per line.
 
     Raises:
-        ValueError: the bundle has Gaussian latents, or the file has no token.
+        ValueError: the bundle has Gaussian latents, or the file has a line that is no token.
         FileNotFoundError: there is no such bundle or file.
-        OSError: the port is taken.
+        OSError: the server cannot listen there, or the file cannot be read.
         MemoryError: not even one image fits the memory.
     """
     with listen(settings.host, settings.port) as listener:

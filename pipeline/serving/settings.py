@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 from dataclasses import dataclass
 
 MAX_SLOTS = 64
@@ -50,6 +51,17 @@ class ServerSettings:
         for name in ("max_body_mb", "timeout", "grace"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} is {value}; it must be a number above 0")
+        if self.public_host is not None:
+            if not re.fullmatch(r"[A-Za-z0-9.-]+", self.public_host):
+                raise ValueError(
+                    f"public_host is {self.public_host!r}; give a name alone, such as "
+                    "draw.example.org, without https:// and without a port"
+                )
+            if not self.is_loopback:
+                raise ValueError(
+                    f"public_host is for a server at the loopback, and host is {self.host}, where "
+                    "every name is answered; leave one of them out"
+                )
         if self.max_images > self.slots + self.max_waiting:
             raise ValueError(
                 f"max_images is {self.max_images}, and {self.slots} slots with {self.max_waiting} "

@@ -17,6 +17,8 @@ from tests.helpers.serving import events_of, serving_pipeline
 
 pytest.importorskip("ray.serve", reason="needs the extra ray")
 
+from ray import serve
+
 from deploy.ray_serve import Arguments, app
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +44,7 @@ def test_arguments_are_the_options_of_serve():
 
 def test_every_argument_reaches_the_replica():
     given = Arguments(
-        host="0.0.0.0",
+        host="127.0.0.2",
         public_host="draw.example.org",
         slots=4,
         max_waiting=5,
@@ -62,15 +64,20 @@ def test_every_argument_reaches_the_replica():
     assert Arguments().settings().slots == ServerSettings.slots
 
 
-def test_the_number_of_replicas_follows_the_load_and_each_has_its_cores_and_gpus():
+def test_the_number_of_replicas_follows_the_load_and_each_has_its_cores_and_gpus(monkeypatch):
     given = Arguments(min_replicas=1, max_replicas=3, target_requests=5, cpus=2, gpus=1, slots=4)
-    deployment = app(given)._bound_deployment
-    scaling = deployment._deployment_config.autoscaling_config
+    asked = []
+    plain = serve.deployment
+    monkeypatch.setattr(
+        serve, "deployment", lambda **options: asked.append(options) or plain(**options)
+    )
+    app(given)
+    app(Arguments(slots=4))
+    scaling = asked[0]["autoscaling_config"]
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
     assert scaling.target_ongoing_requests == 5
-    assert deployment.ray_actor_options == {"num_cpus": 2, "num_gpus": 1}
-    by_slots = app(Arguments(slots=4))._bound_deployment._deployment_config.autoscaling_config
-    assert by_slots.target_ongoing_requests == 4
+    assert asked[0]["ray_actor_options"] == {"num_cpus": 2, "num_gpus": 1}
+    assert asked[1]["autoscaling_config"].target_ongoing_requests == 4
 
 
 @pytest.mark.parametrize(

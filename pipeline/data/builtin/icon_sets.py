@@ -141,9 +141,12 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
     problems: list[str] = []
     drawings: dict[str, str] = {}
     further = content.get("aliases")
+    aliases: dict[str, str] = {}
     for name in [*icons, *(further if isinstance(further, dict) else {})]:
         try:
-            drawings[name] = _drawing(content, name)
+            drawings[name], same = _drawing(content, name)
+            if same not in (None, name):
+                aliases[name] = same
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             problems.append(f"{prefix}:{printable(name)} is left out: {error}")
     info = _beside(path, "info.json", content.get("info"))
@@ -153,12 +156,6 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
     place = "chars.json" if path.name == "icons.json" else "`chars`"
     hidden = {name for name, icon in icons.items() if isinstance(icon, dict) and icon.get("hidden")}
     others = hidden | set(drawings) - set(icons)
-    by_drawing = {drawings[name]: name for name in icons if name in drawings}
-    aliases = {
-        name: by_drawing[svg]
-        for name, svg in drawings.items()
-        if name not in icons and svg in by_drawing
-    }
     joined = _joined(prefix, drawings, chars, known, problems, place, others, aliases)
     return replace(
         joined,
@@ -192,8 +189,9 @@ def _beside(path: Path, name: str, inside: object) -> dict[str, Any]:
     return inside if isinstance(inside, dict) else {}
 
 
-def _drawing(content: Mapping[str, Any], name: str) -> str:
-    """The SVG of an icon or of an alias, which may mirror or turn another icon."""
+def _drawing(content: Mapping[str, Any], name: str) -> tuple[str, str | None]:
+    """The SVG of an icon or of an alias, which may mirror or turn another icon; and the icon that
+    is drawn the same, itself where it is one, None where it is mirrored or turned."""
     turns = 0
     mirrors = [False, False]
     for _ in range(10):
@@ -229,10 +227,12 @@ def _drawing(content: Mapping[str, Any], name: str) -> str:
         body = f'<g transform="translate({centre}) scale({scale}) translate({back})">{body}</g>'
     if turns % 4:
         body = f'<g transform="rotate({90 * (turns % 4)} {centre})">{body}</g>'
-    return (
+    same = None if turns % 4 or mirrors != [False, False] else name
+    svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{body}</svg>'
     )
+    return svg, same
 
 
 def _joined(

@@ -38,6 +38,7 @@ export class Form {
     linkSliders(byId("form"));
     byId("examples").replaceChildren(...model.examples.map((value) => el("option", { value })));
     this.#addStyles();
+    byId("judge").querySelector("[value=likelihood]").disabled = !model.can_guide;
     const most = Math.min(model.limits.n ?? SLIDER_END.n, SLIDER_END.n);
     byId("n").max = model.limits.n;
     byId("n").closest(".slider").querySelector("input[type=range]").max = most;
@@ -101,7 +102,9 @@ export class Form {
     for (const name of NUMBERS) if (settings[name] !== undefined) setNumber(byId(name), settings[name]);
     if (settings.num_inference_steps !== undefined) byId("steps").value = settings.num_inference_steps;
     if (settings.best_of) byId("best_of").value = settings.best_of;
-    if (settings.judge) byId("judge").value = settings.judge;
+    if (settings.judge && (this.model.can_guide || settings.judge !== "likelihood")) {
+      byId("judge").value = settings.judge;
+    }
     const most = Math.floor((this.model.limits.n ?? Infinity) / Number(byId("best_of").value));
     const images = Math.min(Number(byId("n").value), most); // as many as the server samples
     setNumber(byId("n"), Math.max(images, image + 1));

@@ -86,10 +86,12 @@ class Page {
 
   async clear() {
     if (!confirm("Remove all images from this browser?")) return;
+    if (!(await this.history.clear())) {
+      showError(byId("alert"), new Error(NOT_CLEARED));
+      return;
+    }
     this.gallery.clear();
-    const cleared = await this.history.clear();
-    announce(cleared ? "The history is empty." : "");
-    if (!cleared) showError(byId("alert"), new Error(NOT_CLEARED));
+    announce("The history is empty.");
   }
 
   #begin(count) {

@@ -97,9 +97,15 @@ def test_an_alias_that_has_code_points_is_a_drawing_of_its_own(tmp_path):
     """As the flags of France and of Clipperton Island, where they are the same drawing."""
     chars = {"1f1e8-1f1f5": "clipperton", "1f1eb-1f1f7": "france"}
     aliases = {"france": {"parent": "clipperton"}, "st-martin": {"parent": "france"}}
-    path = write_set(tmp_path, "own", {"clipperton": body("red")}, chars, aliases=aliases)
+    icons = {"clipperton": body("red"), "other": body("red")}  # alike, and not the parent
+    chars |= {"1f400": "other"}
+    path = write_set(tmp_path, "own", icons, chars, aliases=aliases)
     found = read_set(path, {})
-    assert found.own_names == {"1f1e8-1f1f5": "clipperton", "1f1eb-1f1f7": "france"}
+    assert found.own_names == {
+        "1f1e8-1f1f5": "clipperton",
+        "1f1eb-1f1f7": "france",
+        "1f400": "other",
+    }
     assert found.further_names == {"stmartin": "1f1e8-1f1f5"}
 
 

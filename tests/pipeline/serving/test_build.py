@@ -91,9 +91,10 @@ def test_tokens_of_a_file(tmp_path, caplog):
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no token"):
         read_tokens(path)
-    path.write_text("# my laptop\nsecret\n")
-    with pytest.raises(ValueError, match=r"token 1 of .* has a space; write one token per line"):
-        read_tokens(path)
+    for text in ("secret\n\n# my laptop\n", "secret\n\nmy\tlaptop\n", "secret\n\n# für mich\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"line 3 of .* has a space; write one token per"):
+            read_tokens(path)
     with pytest.raises(OSError, match=r"cannot be read .*; give a file with one token per line"):
         read_tokens(tmp_path)
     path.write_text("schlüssel")

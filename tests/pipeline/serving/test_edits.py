@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.serving.sampler import Job
 from pipeline.serving.schemas import EditFields
 from stage1_tokenizer.pixels import image_array
 from tests.helpers.serving import client_of, image_of, png_of, serving_pipeline
@@ -100,8 +102,16 @@ def test_a_list_of_one_image_is_an_image_and_longer_ones_are_refused(client, pip
         assert f"there are {count} images; give one" in error["message"]
 
 
-def test_previews_of_an_edit_divide_the_codes_that_are_sampled(pipe, image):
-    """By the service itself: a client may be too slow to see all previews."""
+def test_previews_of_an_edit_divide_the_codes_that_are_sampled(pipe, image, monkeypatch):
+    """As the sampler reports them: a client may be too slow to see all."""
+    reported = []
+    plain = Job.report
+
+    def report(job, update):
+        reported.append(update)
+        plain(job, update)
+
+    monkeypatch.setattr(Job, "report", report)
     with client_of(pipe) as client:
         service = client.app.state.service
 
@@ -111,14 +121,17 @@ def test_previews_of_an_edit_divide_the_codes_that_are_sampled(pipe, image):
             fields = EditFields(prompt="a red heart", seed=3, stream=True, partial_images=2)
             work = await service.edit(fields, png_of(image), png_of(mask))
             job = service.start(work)
-            images = service.images(work, job, service.deadline())
-            return work, job, [type(one).__name__ async for one in images]
+            async for _ in service.images(work, job, service.deadline()):
+                pass
+            return work
 
-        work, job, found = asyncio.run(run())
-    sampled = work.plan.num_sampled(16)
-    assert 3 <= sampled < 16 and job.num_known == 16 - sampled
-    assert job.preview_every == math.ceil(sampled / 3)
-    assert found[-1] == "Complete" and "Partial" in found
+        work = asyncio.run(run())
+    known = work.plan.num_known(16)
+    sampled = 16 - known
+    assert 4 <= sampled < 16
+    seen = [int(one.known.sum()) - known for one in reported[:-1]]
+    third = math.ceil(sampled / 3)
+    assert seen == [count for count in (third, 2 * third) if count < sampled]
 
 
 def test_steps_of_several_codes_are_those_of_an_offline_call(client, pipe):
@@ -180,3 +193,14 @@ def test_a_png_says_what_was_changed(client, pipe, image):
     small = image.resize((8, 8))
     extended = settings(post(client, EDITS, small, outpaint_at="4,4"))
     assert extended["outpaint_at"] == "4,4" and "strength" not in extended
+
+
+def test_a_png_of_an_edit_has_the_steps_that_were_asked_for_and_no_others(image):
+    """The bundle's own number is for whole images, and fewer are taken for a part."""
+    pipe = serving_pipeline(any_order=True)
+    pipe.defaults = replace(pipe.defaults, num_inference_steps=8)
+    with client_of(pipe) as client:
+        for fields, steps in (({}, None), ({"steps": "2"}, 2)):
+            (first, _) = post(client, VARIATIONS, image, strength="0.25", **fields).json()["data"]
+            settings = json.loads(image_of(first).text["minidalle"])
+            assert settings.get("num_inference_steps") == steps

@@ -86,5 +86,7 @@ def test_a_refusal_of_the_library_has_its_message_and_is_not_logged(
     error = response.json()["error"]
     assert (response.status_code, error["code"]) == (400, "invalid_value"), error
     assert words in error["message"]
-    assert error["param"] == ("steps" if "steps" in body else None)
+    assert error["param"] == (
+        "steps" if "steps" in body else "prompt" if "prompt" in body else None
+    )
     assert not [one for one in caplog.records if one.levelno >= logging.WARNING]

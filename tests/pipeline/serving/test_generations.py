@@ -109,6 +109,10 @@ def test_fields_without_a_meaning_here_change_nothing(client):
     assert codes_of(client.post(URL, json=HEART | fields)) == codes_of(client.post(URL, json=HEART))
 
 
+def test_no_previews_may_be_asked_for_without_a_stream(client):
+    assert client.post(URL, json=HEART | {"partial_images": 0}).status_code == 200
+
+
 def test_a_png_holds_its_settings(client):
     body = client.post(URL, json=HEART | {"temperature": 0.5, "n": 2}).json()
     settings = json.loads(image_of(body["data"][1]).text["minidalle"])
@@ -216,7 +220,7 @@ def image_of_bytes(content):
         ({"n": 17}, 400, "n", "at most 16"),
         ({"n": 4, "best_of": 5}, 400, "n", r"n \* best_of is 20"),
         ({"prompt": "x" * 1001}, 400, "prompt", "1001 characters"),
-        ({"prompt": "a red heart " * 20}, 400, None, "tokens"),
+        ({"prompt": "a red heart " * 20}, 400, "prompt", "tokens"),
         ({"model": "dall-e-3"}, 404, "model", "this server has 'tiny'"),
         ({"background": "transparent"}, 400, "background", "no transparency"),
         ({"style": "vivid"}, 400, "style", "no such field; leave it out"),

@@ -123,7 +123,7 @@ def test_requests_that_are_being_planned_fill_the_queue(pipe, monkeypatch):
         assert planning.wait(30)
         first.append(pool.submit(client.post, URL, json=HEART))
         sampler = client.app.state.service.sampler
-        while sampler.num_pending < 2:
+        while sampler.num_pending < 2 and not held.is_set():
             time.sleep(0.001)
         full = client.post(URL, json=HEART)
         held.set()

@@ -45,6 +45,38 @@ def test_captions_are_those_of_an_offline_call(client, pipe, sampled, content):
     ]
 
 
+def test_many_captions_are_judged_in_parts_and_returned_in_one_order(
+    client, pipe, sampled, content, monkeypatch
+):
+    monkeypatch.setattr(pipeline.serving.own_routes, "CAPTIONS_AT_A_TIME", 2)
+    candidates = ["a red heart", "a blue star", "a green ring", "a red star", "a blue heart"]
+    body = {"image": content, "candidates": candidates}
+    found = client.post("/v1/captions", json=body).json()["data"]
+    expected = pipe.caption(sampled.images[0], candidates)
+    assert [one["text"] for one in found] == [text for text, _ in expected]
+    values = [value for _, value in expected]
+    assert [one["log_likelihood"] for one in found] == pytest.approx(values, abs=1e-4)
+
+
+def test_captions_of_a_request_that_is_given_up_end_with_their_part(pipe, content, monkeypatch):
+    asked = []
+    judged = TextToImagePipeline.caption
+    late = threading.Event()
+
+    def caption(self, image, candidates, **options):
+        asked.append(candidates)
+        late.wait(20)
+        return judged(self, image, candidates, **options)
+
+    monkeypatch.setattr(TextToImagePipeline, "caption", caption)
+    monkeypatch.setattr(pipeline.serving.own_routes, "CAPTIONS_AT_A_TIME", 1)
+    with client_of(pipe, timeout=0.2) as client:
+        body = {"image": content, "candidates": ["a red heart", "a blue star"]}
+        answer = client.post("/v1/captions", json=body)
+        late.set()
+    assert answer.status_code == 504 and asked == [["a red heart"]]
+
+
 def test_tokens_go_both_ways(client, pipe, sampled, content):
     body = client.post("/v1/tokens", json={"image": content}).json()
     assert body["codes"] == pipe.codes_of(sampled.images).flatten().tolist()

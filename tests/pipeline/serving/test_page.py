@@ -217,6 +217,7 @@ def test_a_history_that_cannot_be_cleared_is_an_error(page):
     page.on("dialog", lambda dialog: dialog.accept())
     page.locator("#clear").click()
     expect(page.locator("#alert")).to_contain_text("the browser did not remove the images")
+    expect(page.locator(".open")).to_have_count(1)
 
 
 def test_scores_of_another_image_are_gone_while_those_of_this_one_are_asked_for(page):
@@ -244,7 +245,9 @@ def test_a_file_that_is_dropped_on_an_open_image_changes_nothing(page, tmp_path)
     file.write_bytes(b"no image")
     dropped(page, file)
     page.locator("#viewer-close").click()
-    expect(page.locator("#alert")).to_be_empty()
+    expect(page.locator("#status")).to_have_text("1 of 1 image is ready.")  # not "Reading ..."
+    dropped(page, file)
+    expect(page.locator("#alert")).to_contain_text("image.png is no image that the browser can")
 
 
 def test_a_file_that_is_no_image_is_refused(page, tmp_path):

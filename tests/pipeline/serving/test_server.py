@@ -171,6 +171,8 @@ def test_missing_packages_name_the_command(bundle, capsys, monkeypatch, package)
         ({"port": 0}, "from 1 to 65535"),
         ({"max_images": 0}, "at least 1"),
         ({"timeout": 0.0}, "above 0"),
+        ({"public_host": "https://draw.example.org"}, "give a name alone"),
+        ({"public_host": "draw.example.org", "host": "0.0.0.0"}, "leave one of them out"),
         ({"grace": math.inf}, "grace is inf; it must be a number above 0"),
         ({"max_body_mb": math.nan}, "max_body_mb is nan"),
         ({"max_images": 100, "max_waiting": 10}, "raise max_waiting"),
