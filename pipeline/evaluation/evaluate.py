@@ -14,6 +14,7 @@ import torch
 
 from pipeline.config.data import as_setting, data_settings
 from pipeline.config.experiment import Experiment, to_dict
+from pipeline.data.builtin.icons import IconSource
 from pipeline.data.load import load_source
 from pipeline.data.source import Source
 from pipeline.evaluation.accuracy import ENOUGH, Accuracy
@@ -192,7 +193,12 @@ def _codes_metrics(
 
 
 def held_out_source(experiment: Experiment) -> Source:
-    """Validation images with captions; where no image has one and the prior reads none, all."""
+    """Validation images with captions; where no image has one and the prior reads none, all. Of
+    icons, the drawings that no setting was chosen by, if there are any."""
+    if experiment.data.source == "icons":
+        source = IconSource(experiment.data, "reported")
+        if len(source):
+            return source
     try:
         return load_source(experiment.data, "held_out", experiment.folder / "data")
     except ValueError:

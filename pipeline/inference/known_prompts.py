@@ -63,15 +63,22 @@ class KnownPrompts:
 
     def _parts(self, text: str) -> tuple[str, str | None]:
         """The name and the style that a prompt asks for."""
+        if self._is_name(text):
+            return text, None
         for style in self._styles:
-            for ending in (f", {style}", f" {style} style"):
+            for ending in (f" {style} style", f" {style}"):
                 if text.endswith(ending) and not text.endswith(f" in the style of {style}"):
                     name = text.removesuffix(ending)
                     return re.sub(r"(?:,|,? in|,? with)(?: (?:the|an?))?$", "", name), style
         found = _STYLE.fullmatch(text)
         if found is None:
-            return text, None
+            rest, _, last = text.rpartition(", ")
+            return (rest, last) if self._is_name(rest) else (text, None)  # "red heart, pixel"
         return found["name"] or found["name_before"], found["style"] or found["style_after"]
+
+    def _is_name(self, text: str) -> bool:
+        """Whether a text is a name, with an article or without."""
+        return text in self._names or _ARTICLE.sub("", text, count=1) in self._names
 
     def _name_problem(self, name: str) -> str | None:
         """A line where no set has a name."""
@@ -80,7 +87,7 @@ class KnownPrompts:
         without_style = [
             bare.removeprefix(before)
             for style in self._styles
-            for before in (f"{style} style ", f"{style} ")
+            for before in (f"{style} style ", f"{style}-style ", f"{style} ")
             if bare.startswith(before)
         ]
         spellings = [name, bare, *without_style]
@@ -96,8 +103,9 @@ class KnownPrompts:
         return f"no icon is named {plain!r}; {hint}the image may show anything"
 
     @cached_property
-    def _styles(self) -> frozenset[str]:
-        return frozenset(style.casefold() for style in self.styles)
+    def _styles(self) -> list[str]:
+        """Styles by how they are compared; one that ends in another comes before it."""
+        return sorted({style.casefold() for style in self.styles}, key=lambda s: (-len(s), s))
 
     @cached_property
     def _names(self) -> dict[str, str]:

@@ -3,8 +3,11 @@ but its template, and judges nothing."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,8 @@ def model_card(
     )
     environment.filters["cell"] = _cell
     environment.filters["address"] = _address
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    environment.filters["shell"] = shlex.quote
+    environment.filters["python"] = partial(json.dumps, ensure_ascii=False)
     trained_on = description["trained_on"]
     sampling = {name: one for name, one in description["sampling"].items() if one is not None}
     configuration = _without_folders(trained_on.get("configuration"))

@@ -83,7 +83,7 @@ def style_experiment(
             f"{bundle} has the style {style} already (it has {', '.join(known)}); name the new "
             "one otherwise, by the option style"
         )
-    found = read_drawings(drawings.expanduser(), height)
+    found = _spelled_as(read_known_prompts(bundle), read_drawings(drawings.expanduser(), height))
     if len(found) < MIN_DRAWINGS:
         raise ValueError(
             f"{drawings} has {len(found)} drawings that can be used, and a style needs at least "
@@ -101,6 +101,13 @@ def style_experiment(
     if values["text"]["num_new_tokens"] and not experiment.text.new_tokens_like:
         values["text"]["new_tokens_like"] = _alike(bundle, found, experiment.data, known)
     return load_values(values, settings)
+
+
+def _spelled_as(known: KnownPrompts | None, drawings: Sequence[Drawing]) -> list[Drawing]:
+    """Drawings whose names are those of the bundle where they differ in case alone: `Red-Heart.png`
+    is its red heart."""
+    names = {name.casefold(): name for name in known.names} if known else {}
+    return [one._replace(name=names.get(one.name.casefold(), one.name)) for one in drawings]
 
 
 def _alike(
@@ -220,8 +227,10 @@ def _of_svgs(folder: Path, size: int, name_of: Callable[[str], str]) -> list[Dra
             continue
         caption = file.with_suffix(".txt")
         try:
-            svg = read_file(file, MAX_TEXT_BYTES).decode()
-            said = read_file(caption, MAX_TEXT_BYTES).decode() if caption.is_file() else ""
+            svg = read_file(file, MAX_TEXT_BYTES).decode("utf-8-sig")
+            said = (
+                read_file(caption, MAX_TEXT_BYTES).decode("utf-8-sig") if caption.is_file() else ""
+            )
         except (OSError, ValueError) as error:
             _log.warning(
                 "%s is left out (%s); replace it by a whole copy", printable(file.name), error
@@ -254,7 +263,10 @@ def _images(path: Path, size: int, name_of: Callable[[str], str]) -> list[Drawin
         _log.warning("%s", problem)
     return [
         Drawing(
-            read.captions[row][0] if read.captions[row] else name_of(rows.label(row)),
+            # One line, which is one caption in the file that is written.
+            " ".join(read.captions[row][0].split())
+            if read.captions[row]
+            else name_of(rows.label(row)),
             Path(rows.label(row)).suffix.lower(),
             rows.image(row),
         )

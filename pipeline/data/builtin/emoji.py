@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.config.data import DataConfig, background
-from pipeline.data.readers.images import random_crop
+from pipeline.data.readers.images import random_crop, say_background
 from pipeline.data.source import Source
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
@@ -199,6 +199,8 @@ class EmojiSource(Source):
     name = "emoji"
 
     def __init__(self, config: DataConfig, split: str) -> None:
+        if config.alpha != "keep":
+            say_background(config.alpha)
         everything = load_emoji(
             config.size[0], config.emoji.font, config.emoji.annotations, config.alpha
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import shutil
 import subprocess
@@ -38,6 +39,8 @@ PACKAGES = {
 }
 """Version and SHA-256 of the npm package @iconify-json/NAME by name."""
 FILES = ("icons.json", "chars.json", "info.json")
+_FETCHED = "fetched.json"
+"""Beside them: the SHA-256 of the tarball that they come from."""
 
 
 def fetch(name: str, folder: Path) -> None:
@@ -83,19 +86,24 @@ def fetch(name: str, folder: Path) -> None:
     def write(beside: Path) -> None:
         for file, text in texts.items():
             (beside / file).write_bytes(text)
+        (beside / _FETCHED).write_text(json.dumps({"sha256": found}))
 
     atomic_write_dir(folder / name, write)
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a set is there and can be read."""
+def is_there(name: str, folder: Path) -> bool:
+    """Whether a set is there, can be read, and comes from the tarball of this version. Of one that
+    was put there by hand, that is not known."""
     try:
         for file in FILES:
-            if not isinstance(parse_json(read_file(folder / file, MAX_SET_BYTES)), dict):
+            if not isinstance(parse_json(read_file(folder / name / file, MAX_SET_BYTES)), dict):
                 return False
+        if not (folder / name / _FETCHED).exists():
+            return True
+        fetched = parse_json(read_file(folder / name / _FETCHED, MAX_SET_BYTES))
     except (OSError, ValueError):
         return False
-    return True
+    return name not in PACKAGES or fetched == {"sha256": PACKAGES[name][1]}
 
 
 def main() -> int:
@@ -108,7 +116,7 @@ def main() -> int:
     reader.add_argument("--folder", type=Path, default=Path(IconOptions().folder).expanduser())
     options = reader.parse_args()
     for name in options.sets:
-        if is_whole(options.folder / name):
+        if is_there(name, options.folder):
             _log.info("%s is there", options.folder / name)
             continue
         try:

@@ -30,6 +30,8 @@ _SHORT_POINTS = {"23", "2a", "a9", "ae", *(f"3{digit}" for digit in range(10))}
 """Code points of fewer than four digits that begin an emoji: keycaps, and two signs."""
 _PREFIX = re.compile(r"\w[\w .-]{0,99}")
 """A set's prefix: a word of captions, and a part of a file's name."""
+_CHANGES = {"left", "top", "width", "height", "rotate", "hFlip", "vFlip"}
+"""What an alias, or an icon, may change of a drawing."""
 _REPLACE = "replace it by a whole copy, which `make icons` does for its own sets"
 
 
@@ -122,7 +124,8 @@ def read_set(path: Path, known: Mapping[str, str]) -> IconSet:
         except (OSError, ValueError) as error:
             problems.append(f"{printable(file.name)} is left out: {error}")
     chars = _beside(path / "icons.json", "chars.json", None)
-    return _joined(path.name, drawings, chars, known, problems, "chars.json")
+    joined = _joined(path.name, drawings, chars, known, problems, "chars.json")
+    return _with_terms(joined, _beside(path / "icons.json", "info.json", None))
 
 
 def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
@@ -149,16 +152,20 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
                 aliases[name] = same
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             problems.append(f"{prefix}:{printable(name)} is left out: {error}")
-    info = _beside(path, "info.json", content.get("info"))
-    licence = info.get("license")
-    author = info.get("author")
     chars = _beside(path, "chars.json", content.get("chars"))
     place = "chars.json" if path.name == "icons.json" else "`chars`"
     hidden = {name for name, icon in icons.items() if isinstance(icon, dict) and icon.get("hidden")}
     others = hidden | set(drawings) - set(icons)
     joined = _joined(prefix, drawings, chars, known, problems, place, others, aliases)
+    return _with_terms(joined, _beside(path, "info.json", content.get("info")))
+
+
+def _with_terms(icons: IconSet, info: Mapping[str, Any]) -> IconSet:
+    """A set with the licence and the author that `info.json` states."""
+    licence = info.get("license")
+    author = info.get("author")
     return replace(
-        joined,
+        icons,
         licence=_title(licence, "spdx") or _title(licence, "title"),
         licence_url=_title(licence, "url"),
         author=_title(author, "name"),
@@ -190,10 +197,10 @@ def _beside(path: Path, name: str, inside: object) -> dict[str, Any]:
 
 
 def _drawing(content: Mapping[str, Any], name: str) -> tuple[str, str | None]:
-    """The SVG of an icon or of an alias, which may mirror or turn another icon; and the icon that
-    is drawn the same, itself where it is one, None where it is mirrored or turned."""
-    turns = 0
-    mirrors = [False, False]
+    """The SVG of an icon or of an alias, which may mirror or turn another icon, or show another
+    part of it; and the icon that is drawn the same, itself where it is one, None where an alias
+    changes it."""
+    changes: list[Mapping[str, Any]] = []  # from the alias to the icon
     for _ in range(10):
         if name in content["icons"]:
             break
@@ -202,8 +209,7 @@ def _drawing(content: Mapping[str, Any], name: str) -> tuple[str, str | None]:
             raise ValueError(f"it is an alias of {printable(name)!r}, which the set lacks")
         if not isinstance(alias, dict):
             raise TypeError("it is no object")
-        turns += int(alias.get("rotate", 0))
-        mirrors = [mirrors[0] ^ bool(alias.get("hFlip")), mirrors[1] ^ bool(alias.get("vFlip"))]
+        changes.append(alias)
         parent = alias.get("parent")
         if not isinstance(parent, str):
             raise TypeError("it is an alias without a text `parent`")
@@ -213,10 +219,16 @@ def _drawing(content: Mapping[str, Any], name: str) -> tuple[str, str | None]:
     icon = content["icons"][name]
     if not isinstance(icon, dict):
         raise TypeError("it is no object")
-    left, top, width, height = (
-        float(icon.get(field, content.get(field, default)))
-        for field, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
-    )
+    same = None if any(change.keys() & _CHANGES for change in changes) else name
+    changes.append(icon)
+    turns = sum(int(change.get("rotate", 0)) for change in changes)
+    mirrors = [
+        sum(bool(change.get(field)) for change in changes) % 2 == 1 for field in ("hFlip", "vFlip")
+    ]
+    sizes = {"left": 0, "top": 0, "width": 16, "height": 16}
+    for change in (content, *reversed(changes)):  # an alias goes before its icon
+        sizes |= {field: change[field] for field in sizes if field in change}
+    left, top, width, height = (float(value) for value in sizes.values())
     body = icon.get("body")
     if not isinstance(body, str):
         raise TypeError("it has no text `body`")
@@ -227,7 +239,6 @@ def _drawing(content: Mapping[str, Any], name: str) -> tuple[str, str | None]:
         body = f'<g transform="translate({centre}) scale({scale}) translate({back})">{body}</g>'
     if turns % 4:
         body = f'<g transform="rotate({90 * (turns % 4)} {centre})">{body}</g>'
-    same = None if turns % 4 or mirrors != [False, False] else name
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{body}</svg>'

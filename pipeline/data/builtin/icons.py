@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -32,8 +33,8 @@ from pipeline.data.builtin.icon_sets import (
     read_set,
 )
 from pipeline.data.builtin.icon_split import Kind, cell_of, without_tones
-from pipeline.data.builtin.svg import UnusableSvg, render
-from pipeline.data.readers.images import random_crop
+from pipeline.data.builtin.svg import RULES, UnusableSvg, render
+from pipeline.data.readers.images import random_crop, say_background
 from pipeline.data.readers.transparency import composed
 from pipeline.data.source import Source
 from pipeline.runtime.atomic_io import atomic_write
@@ -157,7 +158,7 @@ def _rendered(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Images by key, and what was left out, one line each. Both are kept in the folder of sets,
     where it can be written."""
-    digest = hashlib.sha256(f"{size}\n".encode())
+    digest = hashlib.sha256(f"{size} {RULES} {_renderer()}\n".encode())
     for key, svg in icons.drawings.items():
         digest.update(f"{key}\0{svg}\n".encode())
     path = folder / ".rendered" / f"{icons.style}-{size}-{digest.hexdigest()[:16]}.npz"
@@ -202,6 +203,14 @@ def _rendered(
     return images, problems
 
 
+def _renderer() -> str:
+    """The renderer's version; empty where it is not installed."""
+    try:
+        return version("resvg-py")
+    except PackageNotFoundError:
+        return ""
+
+
 def _kept(path: Path) -> tuple[dict[str, np.ndarray], list[str]] | None:
     """What `_rendered` kept; None where it is not there, or damaged."""
     if not path.is_file():
@@ -233,7 +242,8 @@ def captions_of_icon(name: str, style: str) -> list[str]:
 
 
 class IconSource(Source):
-    """One split of the icons. `images` has three channels, or four with `data.alpha: keep`."""
+    """One split of the icons: `train`, `held_out`, or `reported`, which no setting is chosen by.
+    `images` has three channels, or four with `data.alpha: keep`."""
 
     name = "icons"
 
@@ -241,9 +251,14 @@ class IconSource(Source):
         everything, problems = _icons_of(config)
         self._problems = list(problems)
         self.everything = everything
-        self.icons = _split(everything, split, config.icons.untoned_repeats)
+        if split == "reported":
+            self.icons = [icon for kind in reported(config).values() for icon in kind]
+        else:
+            self.icons = _split(everything, split, config.icons.untoned_repeats)
         self.num_images = len(self.icons)
         self._config = config
+        if config.alpha != "keep":
+            say_background(config.alpha)
         digest = hashlib.sha256(f"{config.alpha}\n".encode())
         for icon in self.icons:
             digest.update(f"{icon.label}\0{icon.key}\n".encode() + icon.image.tobytes())

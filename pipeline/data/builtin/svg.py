@@ -21,7 +21,9 @@ MAX_BYTES = 2**20
 MAX_SHAPES = 20_000
 """Elements of a drawing, those that `use` repeats counted each time."""
 _MAX_STYLE = 10_000
-"""Letters of a drawing's style sheets; each rule is compared with each element."""
+"""Letters of all style sheets of a drawing; each rule is compared with each element."""
+RULES = 2
+"""Number of the rules below and of what `render` makes of a drawing. It grows with each change."""
 MAX_ASPECT = 20
 """Longer side per shorter side."""
 _PIXELS = {"pt": 4 / 3, "pc": 16.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4}
@@ -43,6 +45,11 @@ _REFUSED = {
 }
 """Elements that run, load, move, need a font of this machine, or can take hours or all memory; and
 what to do."""
+_NAMED = re.compile(r"url\(\s*['\"]?\s*#([^)'\"]+)")
+"""An element that a property names."""
+_RULE = re.compile(r"([^{}]*)\{([^{}]*)\}")
+"""Selectors and declarations of a style sheet."""
+_CLASS = re.compile(r"\s*\.([-\w]+)\s*")
 _ADDRESS = re.compile(r"url\(\s*['\"]?(?!\s*['\"]?#)|@import|expression\(", re.IGNORECASE)
 
 
@@ -72,6 +79,8 @@ def render(svg: str, size: int) -> np.ndarray:
         if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
             raise
         raise UnusableSvg(f"it cannot be rendered by resvg ({error})") from error
+    if max(image.size) > size:
+        raise UnusableSvg(f"it was drawn at {image.width}x{image.height} pixels; add a viewBox")
     canvas = Image.new("RGBA", (size, size))
     canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     pixels = np.asarray(canvas)
@@ -84,10 +93,17 @@ def _aspect(root: ElementTree.Element) -> float:
     """Width per height of a drawing, as resvg reads them.
 
     Raises:
-        UnusableSvg: one side is very much longer than the other, or a size is no number.
+        UnusableSvg: one side is very much longer than the other, a size is no number, or there is
+            none: resvg would take the size of what is drawn.
     """
-    box = re.split(r"[\s,]+", root.get("viewBox", "").strip())
-    sides = box[2:] if len(box) == 4 else ["100", "100"]
+    box = root.get("viewBox")
+    sides = ["100", "100"]
+    if box is not None:
+        sides = re.split(r"[\s,]+", box.strip())[2:]
+        if len(sides) != 2:
+            raise UnusableSvg(f"its viewBox {box[:40]!r} is not four numbers")
+    elif any((root.get(name) or "%").strip().endswith("%") for name in ("width", "height")):
+        raise UnusableSvg("it has no size; add a viewBox, or width and height")
     width, height = (
         _pixels(root.get(name, "100%"), side)
         for name, side in zip(("width", "height"), sides, strict=True)
@@ -140,19 +156,22 @@ def check_svg(svg: str) -> ElementTree.Element:
         raise UnusableSvg(f"it is no XML ({error})") from error
     if _local(root.tag) != "svg":
         raise UnusableSvg(f"it begins with <{_local(root.tag)}> and must begin with <svg>")
-    by_id: dict[str, ElementTree.Element] = {}
+    by_id: dict[str, list[ElementTree.Element]] = {}
+    sheets = ""
     for element in root.iter():
         if (tag := _local(element.tag)) in _REFUSED:
             raise UnusableSvg(f"it has an element <{tag}>, which is not rendered; {_REFUSED[tag]}")
-        if tag == "style" and len(element.text or "") > _MAX_STYLE:
-            raise UnusableSvg(f"it has a style sheet of more than {_MAX_STYLE:,} letters")
+        if tag == "style":
+            sheets += "".join(element.itertext())
+            if len(sheets) > _MAX_STYLE:
+                raise UnusableSvg(f"it has style sheets of more than {_MAX_STYLE:,} letters")
         for attribute, value in element.attrib.items():
             _check_attribute(_local(attribute), value)
+            if _local(attribute) == "id":  # xml:id, too
+                by_id.setdefault(value.strip(), []).append(element)
         if _ADDRESS.search(element.text or ""):
             raise UnusableSvg("its style loads an address")
-        if "id" in element.attrib:
-            by_id[element.attrib["id"]] = element
-    if _Unfolding(by_id).measure(root, 0).shapes > MAX_SHAPES:
+    if _Unfolding(by_id, _named_by_class(sheets)).measure(root, 0).shapes > MAX_SHAPES:
         raise UnusableSvg(f"it unfolds into more than {MAX_SHAPES:,} shapes")
     return root
 
@@ -168,6 +187,30 @@ def _check_attribute(name: str, value: str) -> None:
         raise UnusableSvg(f"its attribute {name} loads an address")
 
 
+def _named_by_class(sheets: str) -> dict[str, list[str]]:
+    """The elements that style sheets name (a mask, a gradient), by the class that is drawn with
+    them.
+
+    Raises:
+        UnusableSvg: others than classes are, so that how much is drawn is unknown.
+    """
+    plain = re.sub(r"/\*.*?\*/", " ", sheets, flags=re.DOTALL)
+    if not re.search(r"url|\\", plain, re.IGNORECASE):
+        return {}
+    found: dict[str, list[str]] = {}
+    for selectors, declarations in _RULE.findall(plain):
+        for selector in selectors.split(",") if (names := _NAMED.findall(declarations)) else ():
+            if (one := _CLASS.fullmatch(selector)) is None:
+                raise UnusableSvg(
+                    f"its style sheet draws {selector.strip()[:40]!r} with a part of the drawing; "
+                    "use attributes, or a class"
+                )
+            found.setdefault(one[1], []).extend(names)
+    if "\\" in plain or re.search(r"url", _RULE.sub("", plain), re.IGNORECASE):
+        raise UnusableSvg("its style sheet cannot be read; use attributes")
+    return found
+
+
 class _Size(NamedTuple):
     """Of one element's drawing."""
 
@@ -178,10 +221,18 @@ class _Size(NamedTuple):
 
 
 class _Unfolding:
-    """Measures elements as `use` repeats them; nested repetition multiplies."""
+    """Measures elements as `use` repeats them; nested repetition multiplies.
 
-    def __init__(self, by_id: dict[str, ElementTree.Element]) -> None:
+    Args:
+        by_id: elements by their names; where several have one, each counts.
+        by_class: names that style sheets give to the elements of a class.
+    """
+
+    def __init__(
+        self, by_id: dict[str, list[ElementTree.Element]], by_class: dict[str, list[str]]
+    ) -> None:
         self._by_id = by_id
+        self._by_class = by_class
         self._sizes: dict[ElementTree.Element, _Size] = {}
 
     def measure(self, element: ElementTree.Element, depth: int) -> _Size:
@@ -204,10 +255,11 @@ class _Unfolding:
 
     def _referenced(self, element: ElementTree.Element) -> list[ElementTree.Element]:
         """What an element draws by reference."""
-        names = [
-            value[1:] for name, value in element.attrib.items() if _local(name) == "href"
-        ] + re.findall(r"url\(\s*['\"]?#([^)'\"]+)", " ".join(element.attrib.values()))
-        return [self._by_id[name] for name in names if name in self._by_id]
+        names = [value[1:] for name, value in element.attrib.items() if _local(name) == "href"]
+        names += _NAMED.findall(" ".join(element.attrib.values()))
+        for one in element.get("class", "").split():
+            names += self._by_class.get(one, [])
+        return [each for name in names for each in self._by_id.get(name.strip(), [])]
 
 
 def _local(name: object) -> str:

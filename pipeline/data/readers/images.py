@@ -308,6 +308,17 @@ def _certain_range(low: float, high: float, depth: Depth, mode: str) -> ValueRan
     return NAMED_RANGES[ranges[0]]
 
 
+def say_background(colour: str) -> None:
+    """Says, once per process, that transparency is laid on a colour."""
+    if not _laid_on_background:
+        _laid_on_background.append(True)
+        _log.info(
+            "some images have transparency, which is laid on %s; data.alpha=keep and "
+            "tokenizer.model.channels=4 keep it",
+            colour,
+        )
+
+
 def is_animated(image: Image.Image) -> bool:
     """Whether an image has several frames. Those after the first are not used and may be
     corrupted."""
@@ -343,12 +354,7 @@ def prepared(content: bytes, config: DataConfig) -> np.ndarray:
     with decoded(content, enough(config), config.max_pixels, config.values) as found:
         image = found.image
         if colour is not None and not _laid_on_background and is_transparent(image):
-            _laid_on_background.append(True)
-            _log.info(
-                "some images have transparency, which is laid on %s; data.alpha=keep and "
-                "tokenizer.model.channels=4 keep it",
-                config.alpha,
-            )
+            say_background(config.alpha)
         image = to_filterable(image) if colour is None else to_rgb(image, background=colour)
         if config.crop == "centre":
             return filtered(ImageOps.fit(image, (columns, rows), Image.Resampling.BICUBIC))

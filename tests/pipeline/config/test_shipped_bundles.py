@@ -166,6 +166,13 @@ def test_the_bundle_in_the_package_is_that_of_the_shipped_configuration():
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 15e6
 
 
+def test_the_card_of_the_bundle_in_the_package_has_samples_failures_and_metrics():
+    folder = ROOT / "pipeline/bundles/icons"
+    card = (folder / "README.md").read_text()
+    assert "(samples.png)" in card and (folder / "samples.png").is_file()
+    assert "Failures: " in card and "| style_cell |" in card
+
+
 def test_the_drawings_behind_the_bundle_in_the_package_may_be_used_and_are_attributed():
     """No set asks to share alike; every author and licence is in the card."""
     folder = ROOT / "pipeline/bundles/icons"

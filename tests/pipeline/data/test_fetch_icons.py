@@ -36,7 +36,8 @@ def npm(tmp_path, monkeypatch):
 
 def test_the_three_files_of_a_set_are_unpacked_and_no_others(npm):
     fetch("noto", npm / "icons")
-    assert sorted(path.name for path in (npm / "icons").rglob("*")) == sorted(["noto", *FILES])
+    there = {path.name for path in (npm / "icons").rglob("*")}
+    assert there == {"noto", *FILES, "fetched.json"}
     assert json.loads((npm / "icons/noto/chars.json").read_text()) == {"name": "chars.json"}
     assert (npm / "asked").read_text().split()[-1] == "@iconify-json/noto@1.2.9"
 
@@ -66,6 +67,22 @@ def test_a_damaged_set_is_fetched_again(npm, monkeypatch):
         (npm / "icons/noto/icons.json").write_text(damage)
         assert fetch_icons.main() == 0
         assert (npm / "icons/noto/icons.json").read_text() == whole
+
+
+def test_a_set_of_another_version_is_fetched_again_unless_it_was_put_there_by_hand(
+    npm, monkeypatch, caplog
+):
+    monkeypatch.setattr("sys.argv", ["fetch_icons", "noto", "--folder", str(npm / "icons")])
+    caplog.set_level("INFO")
+    assert fetch_icons.main() == 0
+    version, digest = PACKAGES["noto"]
+    monkeypatch.setitem(PACKAGES, "noto", ("1.3.0", "0" * 64))
+    assert fetch_icons.main() == 1 and "has SHA-256" in caplog.text  # it was fetched, and refused
+    monkeypatch.setitem(PACKAGES, "noto", (version, digest))
+    caplog.clear()
+    (npm / "icons/noto/fetched.json").unlink()
+    monkeypatch.setitem(PACKAGES, "noto", ("1.3.0", "0" * 64))
+    assert fetch_icons.main() == 0 and "is there" in caplog.text
 
 
 def test_without_npm_the_error_says_what_to_put_where(tmp_path, monkeypatch):

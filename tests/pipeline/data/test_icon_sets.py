@@ -169,6 +169,22 @@ def test_aliases_are_mirrored_and_turned(tmp_path):
     assert np.array_equal(alpha["turned"], np.rot90(alpha["left"], -1))
 
 
+def test_icons_may_be_turned_themselves_and_aliases_may_show_another_part(tmp_path):
+    """As the format allows: https://iconify.design/docs/types/iconify-alias.html"""
+    path = write_set(tmp_path, "set", {"left": body("red")})
+    content = json.loads((path / "icons.json").read_text())
+    content["icons"]["right"] = content["icons"]["left"] | {"hFlip": True}
+    content["aliases"] = {
+        "back": {"parent": "right", "hFlip": True},
+        "corner": {"parent": "left", "width": 4, "height": 4},
+    }
+    (path / "icons.json").write_text(json.dumps(content))
+    alpha = {n: render(svg, 8)[..., 3] for n, svg in read_set(path, {}).drawings.items()}
+    assert np.array_equal(alpha["right"], alpha["left"][:, ::-1])
+    assert np.array_equal(alpha["back"], alpha["left"])
+    assert alpha["corner"].all() and not alpha["left"].all()
+
+
 @pytest.mark.parametrize(
     ("alias", "reason"),
     [
@@ -252,6 +268,10 @@ def test_a_folder_of_svgs_is_a_set(tmp_path):
     assert set(found.drawings) == {*NAMES, "red-house"}
     assert any("broken.svg is left out" in line for line in found.problems)
     assert any("red-house" in line for line in found.problems)
+    terms = {"license": {"spdx": "MIT"}, "author": {"name": "A. Painter"}}
+    (folder / "info.json").write_text(json.dumps(terms))
+    found = read_set(folder, {})
+    assert (found.licence, found.author) == ("MIT", "A. Painter")
 
 
 @pytest.mark.parametrize("prefix", ["../outside", "/tmp/outside", "", "a\nb", "x" * 101])

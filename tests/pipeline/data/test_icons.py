@@ -15,6 +15,7 @@ from pipeline.data.builtin import icons
 from pipeline.data.builtin.icon_split import Cell, cell_of
 from pipeline.data.builtin.icons import captions_of_icon, load_icons, locate_set, reported
 from pipeline.data.load import load_sources
+from pipeline.data.readers import images
 from tests.helpers.icons import body, write_names, write_set, write_styles
 
 
@@ -155,6 +156,29 @@ def test_images_are_laid_on_the_background_that_is_asked_for(two_styles):
     other, _ = load_sources(two_styles)
     assert other.images([0])[0, 15, 15].tolist() == [16, 32, 48]
     assert other.fingerprint != train.fingerprint
+
+
+def test_that_transparency_is_laid_on_a_background_is_said_once(two_styles, monkeypatch, caplog):
+    monkeypatch.setattr(images, "_laid_on_background", [])
+    caplog.set_level(logging.INFO)
+    two_styles.alpha = "keep"
+    load_sources(two_styles)
+    assert "is laid on" not in caplog.text
+    two_styles.alpha = "#102030"
+    load_sources(two_styles)
+    assert caplog.text.count("transparency, which is laid on #102030; data.alpha=keep") == 1
+
+
+@pytest.mark.parametrize("changed", ["RULES", "_renderer"])
+def test_images_of_another_renderer_are_not_read_again(two_styles, monkeypatch, changed):
+    load_sources(two_styles)
+    load_icons.cache_clear()
+    monkeypatch.setattr(icons, changed, 99 if changed == "RULES" else lambda: "99.0")
+    rendered = []
+    plain = icons.render
+    monkeypatch.setattr(icons, "render", lambda *given: rendered.append(1) or plain(*given))
+    load_sources(two_styles)
+    assert len(rendered) == 80
 
 
 def test_rendered_images_are_kept_and_read_again(two_styles, monkeypatch, caplog):

@@ -56,7 +56,26 @@ def test_a_drawing_with_one_very_long_side_is_refused_before_it_is_rendered(size
         render(f'<svg xmlns="http://www.w3.org/2000/svg" {size}/>', 16)
 
 
-@pytest.mark.parametrize("size", ['width="wide"', 'viewBox="0 0 a 1"', 'height="--1"'])
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ("", "it has no size; add a viewBox, or width and height"),
+        ('width="8"', "it has no size"),
+        ('width="100%" height="100%"', "it has no size"),
+        ('viewBox="0 0 1 1 5"', "is not four numbers"),
+        ('viewBox="0 0 1 1,"', "is not four numbers"),
+    ],
+)
+def test_a_drawing_without_a_size_is_refused(size, reason):
+    """The renderer would take that of what is drawn, which may be as large as memory."""
+    body = '<rect width="1000" height="1"/>'
+    with pytest.raises(UnusableSvg, match=reason):
+        render(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{body}</svg>', 16)
+
+
+@pytest.mark.parametrize(
+    "size", ['width="wide" height="1"', 'viewBox="0 0 a 1"', 'width="1" height="--1"']
+)
 def test_a_size_that_is_no_length_is_named(size):
     with pytest.raises(UnusableSvg, match="is no length"):
         render(f'<svg xmlns="http://www.w3.org/2000/svg" {size}/>', 16)
@@ -107,7 +126,7 @@ def test_references_within_a_drawing_are_followed():
         ('<filter id="f"><feTurbulence numOctaves="100000000"/></filter>', "<feTurbulence>"),
         ('<pattern id="p" width="100000" height="100000"/>', "<pattern>"),
         ('<marker id="m"/>', "<marker>"),
-        (f"<style>{'g,' * 6000}g {{}}</style>", "style sheet of more than 10,000 letters"),
+        (f"<style>{'g,' * 6000}g {{}}</style>", "style sheets of more than 10,000 letters"),
     ],
 )
 def test_what_loads_or_runs_is_refused(body, reason):
@@ -137,14 +156,75 @@ def test_what_is_no_usable_drawing_is_refused(text, reason):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_references_add_to_the_depth_of_what_they_name(order):
+@pytest.mark.parametrize(
+    ("named", "uses"),
+    [
+        ('id="a%d"', '<use href="#a%d"/>'),
+        ('id="a%d"', '<use href="#a%d "/>'),  # which resvg trims
+        ('xml:id="a%d"', '<use href="#a%d"/>'),
+        ('id="a%d"', '<rect mask="url(#a%d )" width="1" height="1"/>'),
+    ],
+)
+def test_references_add_to_the_depth_of_what_they_name(order, named, uses):
     """Four groups of 90, each of which uses the one before; resvg would overflow its stack."""
-    groups = ['<g id="a0"><rect width="1" height="1"/></g>']
+    groups = [f'<g {named % 0}><rect width="1" height="1"/></g>']
     for level in range(3):
-        inside = "<g>" * 90 + f'<use href="#a{level}"/>' + "</g>" * 90
-        groups.append(f'<g id="a{level + 1}">{inside}</g>')
+        inside = "<g>" * 90 + uses % level + "</g>" * 90
+        groups.append(f"<g {named % (level + 1)}>{inside}</g>")
     with pytest.raises(UnusableSvg, match="nested more than 100 deep"):
         check_svg(svg("".join(groups[::order])))
+
+
+def test_of_two_elements_of_one_name_both_count():
+    """The renderer draws the first."""
+    deep = '<g id="a"><rect width="1" height="1"/>' + "<g>" * 60 + "</g>" * 60 + "</g>"
+    empty = '<g id="a"/>'
+    for pair in (deep + empty, empty + deep):
+        with pytest.raises(UnusableSvg, match="nested more than 100 deep"):
+            check_svg(svg(pair + "<g>" * 60 + '<use href="#a"/>' + "</g>" * 60))
+
+
+def masks(count: int, style: str = "") -> str:
+    """Masks, each of which draws two shapes through the next."""
+    body = f"<style>{style}"
+    body += "".join(f".c{i}{{mask:url(#m{i + 1})}}" for i in range(count)) + "</style>"
+    for i in range(count):
+        body += f'<mask id="m{i}">' + f'<rect class="b c{i}" width="8" height="8"/>' * 2 + "</mask>"
+    return svg(f'{body}<mask id="m{count}"/><rect mask="url(#m0)" width="8" height="8"/>')
+
+
+def test_what_style_sheets_draw_with_counts():
+    check_svg(masks(4))
+    with pytest.raises(UnusableSvg, match="unfolds into more than"):
+        check_svg(masks(20))
+
+
+@pytest.mark.parametrize(
+    ("style", "reason"),
+    [
+        ("rect{mask:url(#m0)}", "draws 'rect' with a part of the drawing"),
+        (".b .c,.d{fill:url(#m0)}", "draws '.b .c' with"),
+        ("@media all{.b{mask:url(#m0)}}", "nested more than 100 deep"),  # as if it applied
+        (".b{mask:u\\72l(#m0)}", "cannot be read"),
+    ],
+)
+def test_a_style_sheet_that_cannot_be_followed_is_refused(style, reason):
+    with pytest.raises(UnusableSvg, match=reason):
+        check_svg(masks(1, style))
+
+
+def test_gradients_of_a_style_sheet_are_drawn():
+    gradient = '<linearGradient id="g"><stop stop-color="#00f"/></linearGradient>'
+    sheet = "<style>/* url */ .a, .b { fill: url(#g) } .c{fill:red}</style>"
+    image = render(svg(f'{sheet}{gradient}<rect class="a" width="8" height="8"/>'), 8)
+    assert image[4, 4].tolist() == [0, 0, 255, 255]
+
+
+def test_all_style_sheets_of_a_drawing_have_one_limit():
+    sheet = "<style>" + ".a{fill:red}" * 500 + "</style>"
+    check_svg(svg(sheet))
+    with pytest.raises(UnusableSvg, match="style sheets of more than 10,000 letters"):
+        check_svg(svg(sheet * 2))
 
 
 def test_a_fault_of_resvg_is_a_drawing_that_cannot_be_rendered():

@@ -13,6 +13,7 @@ from pipeline.data.builtin.icon_split import cell_of
 from pipeline.data.builtin.icons import Icon, IconSource, styled_captions
 from pipeline.data.readers.transparency import composed
 from pipeline.evaluation import icons
+from pipeline.evaluation.evaluate import held_out_source
 from pipeline.evaluation.icons import SIBLINGS, icon_metrics, judged, some
 from tests.helpers.icons import write_styles
 
@@ -76,6 +77,20 @@ def test_the_hundred_are_of_the_same_style_and_hold_the_own_one():
 def test_cells_are_chosen_by_name_whatever_else_there_is(family):
     assert some(family, 3) == some(family[::-1], 3)
     assert len(some(family, 100)) == len(family)
+
+
+@pytest.mark.parametrize(("names", "kind"), [(60, "reported"), (2, "held_out")])
+def test_images_that_metrics_are_of_chose_no_setting_where_there_are_any(tmp_path, names, kind):
+    sets = write_styles(tmp_path, styles=3, names=names)
+    own = IconOptions(folder=str(tmp_path), sets=sets)
+    data = DataConfig(source="icons", image_size=16, icons=own)
+    experiment = SimpleNamespace(data=data, folder=tmp_path, sees_captions=True)
+    source = held_out_source(experiment)  # type: ignore[arg-type]
+    expected = IconSource(data, kind)
+    assert len(source) and source.names(range(len(source))) == expected.names(range(len(expected)))
+    if kind == "reported":
+        cells = [cell_of(icon.key, icon.style) for icon in expected.icons]
+        assert all(cell.kind != "train" and not cell.tuning for cell in cells)
 
 
 def test_prompts_are_the_first_wording_of_cells_that_are_reported(tmp_path, monkeypatch):

@@ -259,7 +259,7 @@ def test_many_candidates_are_scored_in_parts(pipe, original, monkeypatch):
         return plain(prior, ids, codes)
 
     monkeypatch.setattr(pipeline, "caption_log_likelihood", counted)
-    monkeypatch.setattr(pipeline, "_CAPTIONS_AT_A_TIME", 2)
+    monkeypatch.setattr(pipeline, "CAPTIONS_AT_A_TIME", 2)
     found = pipe.caption(original, candidates)
     assert parts == [2, 2, 1]
     assert [text for text, _ in found] == [text for text, _ in together]

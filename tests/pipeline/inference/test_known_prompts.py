@@ -35,6 +35,9 @@ KNOWN = KnownPrompts(
         "a red heart, in the style of noto",
         "a noto red heart",
         "noto style red heart",
+        "noto-style red heart",
+        "red heart noto",
+        "a red heart in noto",
         "",
     ],
 )
@@ -54,6 +57,23 @@ def test_a_style_that_was_not_trained_is_named_with_all_styles_the_nearest_first
 def test_an_unknown_style_is_told_from_the_name_in_other_wordings(prompt):
     (line,) = KNOWN.problems(prompt)
     assert line.startswith("the style 'pixel' was not trained, and some other is drawn")
+
+
+def test_a_style_that_was_not_trained_is_told_by_a_comma_alone():
+    (line,) = KNOWN.problems("a red heart, pixel")
+    assert line.startswith("the style 'pixel' was not trained, and some other is drawn")
+
+
+def test_of_styles_that_end_alike_the_longest_is_meant():
+    known = KnownPrompts(("heart", "my heart", "big my heart"), ("red",))
+    assert known.problems("red, big my heart style") == []
+    assert known.problems("red my heart") == []
+
+
+def test_a_name_may_end_as_a_style_is_called():
+    known = KnownPrompts(("ink",), ("bottle of ink", "bottle"))
+    assert known.problems("a bottle of ink") == []
+    assert known._parts("a bottle of ink, ink style") == ("a bottle of ink", "ink")
 
 
 def test_a_name_that_no_set_has_is_named_with_the_nearest():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -38,6 +40,17 @@ def test_a_card_tells_parts_use_and_fingerprints(tmp_path):
     count = sum(parameter.numel() for parameter in pipe.prior.parameters())
     assert f"{count:,} parameters" in card
     assert "Not evaluated yet" in card and "{{" not in card
+
+
+def test_the_example_is_safe_to_paste_and_styles_cannot_break_the_page(tmp_path):
+    name = "father's $(id) day"
+    pipe = tiny_icons_pipeline(KnownPrompts(("<img src=x>",), (name,)))
+    pipe.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    (line,) = re.findall("(?m)^minidalle generate .*$", card)
+    assert shlex.split(line)[4] == f"{name}, <img src=x> style" and "'\"'\"'" in line
+    assert f'pipe("{name}, <img src=x> style", num' in card
+    assert "The styles are &lt;img src=x>, the names 1." in card
 
 
 def test_licences_are_listed_and_cannot_break_the_page(tmp_path):

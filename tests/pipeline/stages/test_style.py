@@ -141,10 +141,11 @@ def test_drawings_are_named_by_captions_or_files_and_keep_their_alpha(tmp_path):
     for i, size in enumerate([(16, 16), (64, 64), (8, 8)]):
         Image.new("RGBA", size, (200, 0, 0, 40 * i)).save(folder / f"green-cat_{i}.png")
     (folder / "metadata.jsonl").write_text(
-        json.dumps({"file_name": "green-cat_1.png", "text": "a lion"}) + "\n"
+        json.dumps({"file_name": "green-cat_1.png", "text": "a lion\nof two lines"}) + "\n"
     )
     found = read_drawings(folder, 16)
-    assert [drawing.name for drawing in found] == ["green cat 0", "a lion", "green cat 2"]
+    names = [drawing.name for drawing in found]
+    assert names == ["green cat 0", "a lion of two lines", "green cat 2"]
     assert found[2].content == (folder / "green-cat_2.png").read_bytes()
 
 
@@ -157,7 +158,7 @@ def test_svgs_are_found_at_any_depth_beside_images_and_named_by_their_captions(
     (folder / "more").mkdir()
     (folder / "more" / "UPPER.SVG").write_text(svg("red"))
     (folder / "more" / "b.svg").write_text(svg("blue"))
-    (folder / "more" / "b.txt").write_text("\n a lion \nof two lines\n")
+    (folder / "more" / "b.txt").write_text("\ufeff\n a lion \nof two lines\n")
     (folder / "1F600.svg").write_text(svg("grey"))
     (folder / "redheart.svg").write_text(svg("black"))
     (folder / "c.txt").write_bytes(b"\xff")
@@ -271,9 +272,13 @@ def test_a_new_style_starts_as_the_nearest_where_enough_names_are_known(
     drawings = tmp_path / "ink"
     drawings.mkdir()
     for i in range(8):
-        Image.new("RGBA", (20, 60), (10, 10, 240, 255)).save(drawings / f"thing {i}.png")
+        Image.new("RGBA", (20, 60), (10, 10, 240, 255)).save(drawings / f"Thing {i}.png")
     settings = ["--output-dir", str(tmp_path / "runs"), "--data.crop", "random"]
-    assert style_experiment(bundle, drawings, settings=settings).text.new_tokens_like == start
+    experiment = style_experiment(bundle, drawings, settings=settings)
+    assert experiment.text.new_tokens_like == start
+    written = Path(experiment.data.source).rglob("*.txt")
+    captions = {path.read_text().partition(",")[0] for path in written}
+    assert captions == {f"{'thing' if i < names else 'Thing'} {i}" for i in range(8)}
     asked = len(painter.prompts)
     assert asked == (12 if names == 6 else 0)
     settings += ["--text.new_tokens_like", "[noto]"]
