@@ -66,15 +66,16 @@ using what was trained:
   likelihood        --bundle DIR FILES... [--prompt TEXT]  how likely images are: nats and bits per dimension, surprise maps
   compress          IMAGE --bundle DIR --out FILE          an image without loss, by the bundle's probabilities
   decompress        FILE --bundle DIR --out IMAGE.png      the same image again
-  evaluate          --bundle DIR --config FILE --out FILE  quality as JSON and a table
+  evaluate          --config FILE [--bundle DIR] [--out FILE]  quality as JSON and a table
   serve             [--bundle DIR] [--port 8000]           a web page and an HTTP API over a bundle
-  push              --bundle DIR --to user/name            a bundle to the Hub; every --bundle takes user/name, too
+  push              --bundle DIR --to user/name            a bundle to the Hub; every other --bundle takes user/name
   codebook          --tokenizer DIR                        what each code looks like and how often it is used, as a page
 
 `minidalle COMMAND --help` lists a command's options. Every command takes --log-level LEVEL, the least severe messages
 to show: debug, info (the default), warning or error; --traceback, which shows where in the code an error arose; and
 --offline, which forbids every network call (docs/security.md).
-Several processes: accelerate launch (GPUs) or torchrun (CPU) before `-m pipeline.cli COMMAND ...`.
+Several processes: `accelerate launch -m pipeline.cli COMMAND ...` on GPUs, and on CPUs
+`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m -- pipeline.cli COMMAND ...`.
 Start with: minidalle run --config configs/shapes.yaml
 """
 

@@ -246,7 +246,7 @@ class MemoryEstimate:
         parts = {
             "parameters": self.state.parameters,
             "optimizer": self.state.optimizer,
-            "average": self.state.average,
+            "EMA": self.state.average,
             "a step's gradients and activations": max(
                 self.step, self.state.gradients + self.state.muon_workspace
             ),

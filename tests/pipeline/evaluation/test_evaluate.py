@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,6 +134,21 @@ def test_parts_of_the_elbo_are_in_fp32_as_the_bits_are(tmp_path, monkeypatch):
     parts = surgery_metrics(pipe.tokenizer, pipe.prior, images, ids, pipe.text.encode([""]))
     assert parts and {name: metrics[name] for name in parts} == pytest.approx(parts, rel=1e-6)
     assert metrics["bits_per_dimension"] > 0
+
+
+@pytest.mark.slow
+def test_every_metric_is_in_the_documentation(finished_run, tmp_path):
+    out = tmp_path / "out.json"
+    config, folder = finished_run
+    command = ["evaluate", "--config", str(config), "--bundle", str(folder / "bundle")]
+    assert main([*command, "--max-images", "4", "--out", str(out)]) == 0
+    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text()
+    found = json.loads(out.read_text())
+    names = {name for name, value in found.items() if not isinstance(value, dict)}
+    assert {"psnr", "nats_per_code", "bits_per_dimension"} <= names
+    ends = r"_level_\d+$|(?<=_of)_\w+$"
+    missing = [name for name in names if f"`{re.sub(ends, '', name)}" not in page]
+    assert not missing
 
 
 @pytest.mark.slow
