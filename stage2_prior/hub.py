@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Literal
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -119,6 +127,7 @@ def push_folder(
     private: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    owned: Sequence[str] = (),
 ) -> str:
     """Uploads the files of a folder, at any depth, that end in one of `ENDINGS`, in one commit.
     Returns the address of the commit.
@@ -128,6 +137,8 @@ def push_folder(
         private: whether a repository that is made is private; None takes the user's default.
         revision: a branch, made where there is none (main).
         token: of the Hub; None takes the one of `hf auth login`, or of HF_TOKEN.
+        owned: patterns of files that the commit removes where the folder lacks them: what an
+            earlier upload left would be read with the new files.
 
     Raises:
         ValueError: the name cannot be a repository's, there is nothing to upload, or a file is a
@@ -157,8 +168,16 @@ def push_folder(
         api.create_repo(name, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
+        there = {addition.path_in_repo for addition in additions}
+        stale = [
+            CommitOperationDelete(path_in_repo=path)
+            for path in (api.list_repo_files(name, revision=revision) if owned else ())
+            if path not in there and any(fnmatch(path, pattern) for pattern in owned)
+        ]
         message = "Upload the model"
-        commit = api.create_commit(name, additions, commit_message=message, revision=revision)
+        commit = api.create_commit(
+            name, [*additions, *stale], commit_message=message, revision=revision
+        )
     except HfHubHTTPError as error:
         raise OSError(f"{name} is not pushed: {_refusal(error)}") from error
     except Exception as error:  # the connection broke; libraries of several versions name it so

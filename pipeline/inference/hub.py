@@ -8,15 +8,15 @@ from pathlib import Path
 from pipeline.config.shipped_bundles import bundle_folder
 from pipeline.inference.bundle import Bundle, read_bundle
 
-_FILES = [
+_READ = [
     "pipeline.json",
     "prompts.json",
-    "*.md",
-    "*.png",
     *(f"{part}/*.json" for part in ("tokenizer", "prior", "text_tokenizer")),
     *(f"{part}/*.safetensors" for part in ("tokenizer", "prior")),
 ]
-"""Patterns of the files of a bundle. Nothing else of a repository is downloaded."""
+"""Patterns of the files of a bundle that are read."""
+_FILES = [*_READ, "*.md", "*.png"]
+"""Patterns of all its files. Nothing else of a repository is downloaded."""
 
 
 def find_bundle(
@@ -64,7 +64,8 @@ def push_bundle(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """Uploads a bundle to the Hub, once it can be read. Returns the address of the commit.
+    """Uploads a bundle to the Hub, once it can be read. Files of a bundle that was there before are
+    removed in the same commit; cards and images stay. Returns the address of the commit.
 
     Args:
         name: `user/name`. The other arguments and errors are those of `push_folder`.
@@ -75,4 +76,4 @@ def push_bundle(
     from stage1_tokenizer.hub import push_folder
 
     read_bundle(folder)
-    return push_folder(folder, name, private=private, revision=revision, token=token)
+    return push_folder(folder, name, private=private, revision=revision, token=token, owned=_READ)

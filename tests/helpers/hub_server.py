@@ -190,6 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif one["key"] == "lfsFile":
                 files[value["path"]] = self.own.large[value["oid"]]
+            elif one["key"] == "deletedFile":
+                del files[value["path"]]
         return self.own.add(name, files, branch)
 
     def _commit(self, name: str, revision: str) -> str:

@@ -12,10 +12,11 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.inference.hub import find_bundle, push_bundle
+from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.inference.pipeline import TextToImagePipeline
 from stage1_tokenizer import TokenizerModule
 from tests.helpers.hub_server import StandIn, hub_on_this_machine
-from tests.helpers.pipelines import tiny_latent_pipeline, tiny_pipeline
+from tests.helpers.pipelines import tiny_icons_pipeline, tiny_latent_pipeline, tiny_pipeline
 from tests.helpers.tokenizers import tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -74,6 +75,20 @@ def test_only_models_cards_and_images_are_uploaded(hub, saved, tmp_path):
         (folder / name).write_text("own")
     push_bundle(folder, NAME, token=hub.token)
     assert set(hub.files(NAME)) == {*PARTS, "README.md", "samples/grid.png", ".gitattributes"}
+
+
+def test_a_bundle_that_is_pushed_over_another_leaves_nothing_of_it_that_is_read(
+    hub, saved, tmp_path
+):
+    """Else its styles and names would be those of prompts."""
+    known = tiny_icons_pipeline(KnownPrompts(("noto",), ("red heart",)))
+    known.push_to_hub(NAME, token=hub.token)
+    own = {"notes.json": b"{}", "old.md": b"o", "prior/old.json": b"{}"}
+    hub.add(NAME, hub.files(NAME) | own)
+    push_bundle(saved, NAME, token=hub.token)
+    kept = {".gitattributes", "README.md", "notes.json", "old.md"}
+    assert set(hub.files(NAME)) == {*PARTS, *kept}
+    assert TextToImagePipeline.from_pretrained(NAME).known_prompts is None
 
 
 def test_only_a_bundle_is_downloaded_of_a_repository_with_code(hub, saved):
