@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Event, Thread
 from typing import Any, Literal
 
@@ -172,7 +171,8 @@ def push_folder(
         stale = [
             CommitOperationDelete(path_in_repo=path)
             for path in (api.list_repo_files(name, revision=revision) if owned else ())
-            if path not in there and any(fnmatch(path, pattern) for pattern in owned)
+            if path not in there
+            and any(PurePosixPath(f"/{path}").match(f"/{pattern}") for pattern in owned)
         ]
         message = "Upload the model"
         commit = api.create_commit(

@@ -175,8 +175,8 @@ def is_own(experiment: Experiment, bundle: str | Path) -> bool:
 def _codes_metrics(
     pipe: TextToImagePipeline, experiment: Experiment, held_out: Source, count: int, images: int
 ) -> dict[str, float | Accuracy]:
-    """Metrics of a bundle with codes, on `count` held-out images; of icons, whose reported cells
-    are others, on up to `images` of each kind."""
+    """Metrics of a bundle with codes, on `count` held-out images; of icons, samples are of up to
+    `images` of each kind of cell."""
     with autocast(pipe, experiment.precision):
         reconstructions = tokenizer_metrics(pipe, held_out, count)
         metrics: dict[str, float | Accuracy] = {

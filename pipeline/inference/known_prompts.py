@@ -24,10 +24,14 @@ _SHOWN = 3
 """Names that a message shows."""
 _MAX_LETTERS = 100
 """Of a prompt that are compared with names."""
+_STYLE_OF = re.compile(r"(?P<name>.+?),?(?: drawn)? in the style of (?:the )?(?P<style>[^,]+)")
+"""Of any style."""
 _STYLE = re.compile(
-    r"(?P<name>.+)(?:,| in| with)\s+(?:(?:the|an?)\s+)?(?P<style>[^,]+?)\s+style"
-    r"|(?P<name_before>.+?),?(?: drawn)? in the style of (?:the\s+)?(?P<style_after>[^,]+)"
+    r"(?P<name>.+?)(?:,|(?: drawn)? in| with) (?:(?:the|an?) )?(?P<style>[^,]+?) style"
 )
+"""Of a style that was not trained."""
+_BEFORE_STYLE = re.compile(r"(?:,|,?(?: drawn)? in|,? with)(?: (?:the|an?))?$")
+"""What stands between a name and its style."""
 _ARTICLE = re.compile(r"^(?:the|an?)\s+")
 
 
@@ -65,16 +69,17 @@ class KnownPrompts:
         """The name and the style that a prompt asks for."""
         if self._is_name(text):
             return text, None
+        if found := _STYLE_OF.fullmatch(text):
+            return found["name"], found["style"]
         for style in self._styles:
-            for ending in (f" {style} style", f" {style}"):
-                if text.endswith(ending) and not text.endswith(f" in the style of {style}"):
+            for ending in (f" {style} style", f" {style}-style", f" {style}"):
+                if text.endswith(ending):
                     name = text.removesuffix(ending)
-                    return re.sub(r"(?:,|,? in|,? with)(?: (?:the|an?))?$", "", name), style
-        found = _STYLE.fullmatch(text)
-        if found is None:
-            rest, _, last = text.rpartition(", ")
-            return (rest, last) if self._is_name(rest) else (text, None)  # "red heart, pixel"
-        return found["name"] or found["name_before"], found["style"] or found["style_after"]
+                    return _BEFORE_STYLE.sub("", name), style
+        if found := _STYLE.fullmatch(text):
+            return found["name"], found["style"]
+        rest, _, last = text.rpartition(", ")
+        return (rest, last) if self._is_name(rest) else (text, None)  # "red heart, pixel"
 
     def _is_name(self, text: str) -> bool:
         """Whether a text is a name, with an article or without."""

@@ -20,7 +20,8 @@ from pipeline.config.experiment import Experiment
 from pipeline.config.load import load_values
 from pipeline.data.builtin.icon_sets import STYLES, key_index, key_of_slug, name_of_slug, read_set
 from pipeline.data.builtin.icons import emoji_names, styled_captions
-from pipeline.data.builtin.svg import UnusableSvg, render
+from pipeline.data.builtin.svg import UnusableSvg
+from pipeline.data.builtin.svg_process import Renderers
 from pipeline.data.load import find_rows
 from pipeline.data.map_source import SourceIndex
 from pipeline.data.readers.files import MAX_TEXT_BYTES, read_file
@@ -184,7 +185,8 @@ def read_drawings(path: Path, size: int) -> list[Drawing]:
     """
     names = emoji_names(None)
     if _is_set(path):
-        return _of_set(path, size, names)
+        with Renderers(size) as renderers:
+            return _of_set(path, renderers, names)
     endings = {file.suffix.lower() for file in files_below(path)}
     if not endings & {".svg", *EXTENSIONS}:
         raise FileNotFoundError(
@@ -200,7 +202,8 @@ def read_drawings(path: Path, size: int) -> list[Drawing]:
         return names.get(key_of_slug(stem, known) or "", name_of_slug(stem))
 
     images = _images(path, size, name_of) if endings & set(EXTENSIONS) else []
-    return [*_of_svgs(path, size, name_of), *images]
+    with Renderers(size) as renderers:
+        return [*_of_svgs(path, renderers, name_of), *images]
 
 
 def _is_set(path: Path) -> bool:
@@ -208,18 +211,18 @@ def _is_set(path: Path) -> bool:
     return path.is_file() or (path / "icons.json").is_file()
 
 
-def _of_set(path: Path, size: int, names: dict[str, str]) -> list[Drawing]:
+def _of_set(path: Path, renderers: Renderers, names: dict[str, str]) -> list[Drawing]:
     icons = read_set(path, key_index(names))
     for problem in icons.problems:
         _log.warning("%s", problem)
     return [
         Drawing(names.get(key, icons.own_names[key]), ".png", content)
         for key, svg in icons.drawings.items()
-        if (content := _rendered(svg, size, icons.own_names[key])) is not None
+        if (content := _rendered(svg, renderers, icons.own_names[key])) is not None
     ]
 
 
-def _of_svgs(folder: Path, size: int, name_of: Callable[[str], str]) -> list[Drawing]:
+def _of_svgs(folder: Path, renderers: Renderers, name_of: Callable[[str], str]) -> list[Drawing]:
     """SVGs at any depth. A text file beside one, NAME.txt, has its name in the first line."""
     found = []
     for file in files_below(folder):
@@ -236,17 +239,17 @@ def _of_svgs(folder: Path, size: int, name_of: Callable[[str], str]) -> list[Dra
                 "%s is left out (%s); replace it by a whole copy", printable(file.name), error
             )
             continue
-        content = _rendered(svg, size, printable(file.stem))
+        content = _rendered(svg, renderers, printable(file.stem))
         if content is not None:
             name = said.strip().partition("\n")[0].strip()
             found.append(Drawing(name or name_of(file.name), ".png", content))
     return found
 
 
-def _rendered(svg: str, size: int, name: str) -> bytes | None:
+def _rendered(svg: str, renderers: Renderers, name: str) -> bytes | None:
     """A drawing as PNG; None, with a warning, where it cannot be rendered."""
     try:
-        image = render(svg, size)
+        image = renderers.render(svg)
     except UnusableSvg as error:
         _log.warning("the drawing of %s is left out (%s); save it as a plain SVG", name, error)
         return None
@@ -275,8 +278,8 @@ def _images(path: Path, size: int, name_of: Callable[[str], str]) -> list[Drawin
 
 
 def _terms_of(path: Path, style: str) -> dict[str, str | None]:
-    """`IconSet.terms` under the new style's name; a folder of files states none."""
-    if not _is_set(path):
+    """`IconSet.terms` under the new style's name; a folder without SVGs states none."""
+    if not (_is_set(path) or any(path.glob("*.[sS][vV][gG]"))):
         return {"style": style, "licence": None, "author": None}
     return read_set(path, {}).terms | {"style": style}
 

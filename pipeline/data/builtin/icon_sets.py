@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.data.builtin.emoji import TONES
 from pipeline.data.readers.files import MAX_TEXT_BYTES, parse_json, read_file
@@ -30,8 +30,6 @@ _SHORT_POINTS = {"23", "2a", "a9", "ae", *(f"3{digit}" for digit in range(10))}
 """Code points of fewer than four digits that begin an emoji: keycaps, and two signs."""
 _PREFIX = re.compile(r"\w[\w .-]{0,99}")
 """A set's prefix: a word of captions, and a part of a file's name."""
-_CHANGES = {"left", "top", "width", "height", "rotate", "hFlip", "vFlip"}
-"""What an alias, or an icon, may change of a drawing."""
 _REPLACE = "replace it by a whole copy, which `make icons` does for its own sets"
 
 
@@ -196,6 +194,33 @@ def _beside(path: Path, name: str, inside: object) -> dict[str, Any]:
     return inside if isinstance(inside, dict) else {}
 
 
+class _Shown(NamedTuple):
+    """How a drawing is shown."""
+
+    box: tuple[float, ...]
+    """Left, top, width and height of the part that is seen."""
+    turns: int
+    """Quarters of a turn to the right, 0 to 3."""
+    mirrored: tuple[bool, ...]
+    """Left with right; top with bottom."""
+
+    @classmethod
+    def of(cls, changes: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> _Shown:
+        """As the format says of an alias, of those that it leads to, and of the icon, in this
+        order; and of the set."""
+        sizes: dict[str, Any] = {"left": 0, "top": 0, "width": 16, "height": 16}
+        for change in (content, *reversed(changes)):
+            sizes |= {field: change[field] for field in sizes if field in change}
+        return cls(
+            tuple(map(float, sizes.values())),
+            sum(int(change.get("rotate", 0)) for change in changes) % 4,
+            tuple(
+                sum(bool(change.get(field)) for change in changes) % 2 == 1
+                for field in ("hFlip", "vFlip")
+            ),
+        )
+
+
 def _drawing(content: Mapping[str, Any], name: str) -> tuple[str, str | None]:
     """The SVG of an icon or of an alias, which may mirror or turn another icon, or show another
     part of it; and the icon that is drawn the same, itself where it is one, None where an alias
@@ -219,31 +244,28 @@ def _drawing(content: Mapping[str, Any], name: str) -> tuple[str, str | None]:
     icon = content["icons"][name]
     if not isinstance(icon, dict):
         raise TypeError("it is no object")
-    same = None if any(change.keys() & _CHANGES for change in changes) else name
-    changes.append(icon)
-    turns = sum(int(change.get("rotate", 0)) for change in changes)
-    mirrors = [
-        sum(bool(change.get(field)) for change in changes) % 2 == 1 for field in ("hFlip", "vFlip")
-    ]
-    sizes = {"left": 0, "top": 0, "width": 16, "height": 16}
-    for change in (content, *reversed(changes)):  # an alias goes before its icon
-        sizes |= {field: change[field] for field in sizes if field in change}
-    left, top, width, height = (float(value) for value in sizes.values())
+    own = _Shown.of([icon], content)
+    shown = _Shown.of([*changes, icon], content)
+    left, top, width, height = shown.box
     body = icon.get("body")
     if not isinstance(body, str):
         raise TypeError("it has no text `body`")
     centre = f"{left + width / 2} {top + height / 2}"
-    if mirrors != [False, False]:
-        scale = f"{-1 if mirrors[0] else 1} {-1 if mirrors[1] else 1}"
+    if shown.mirrored != (False, False):
+        scale = " ".join("-1" if one else "1" for one in shown.mirrored)
         back = f"{-(left + width / 2)} {-(top + height / 2)}"
         body = f'<g transform="translate({centre}) scale({scale}) translate({back})">{body}</g>'
-    if turns % 4:
-        body = f'<g transform="rotate({90 * (turns % 4)} {centre})">{body}</g>'
+    if shown.turns:
+        body = f'<g transform="rotate({90 * shown.turns} {centre})">{body}</g>'
+    if shown.turns % 2:  # the sides change places about the same centre
+        left += (width - height) / 2
+        top += (height - width) / 2
+        width, height = height, width
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{body}</svg>'
     )
-    return svg, same
+    return svg, name if shown == own else None
 
 
 def _joined(

@@ -33,7 +33,8 @@ from pipeline.data.builtin.icon_sets import (
     read_set,
 )
 from pipeline.data.builtin.icon_split import Kind, cell_of, without_tones
-from pipeline.data.builtin.svg import RULES, UnusableSvg, render
+from pipeline.data.builtin.svg import RENDER_VERSION, UnusableSvg
+from pipeline.data.builtin.svg_process import Renderers
 from pipeline.data.readers.images import random_crop, say_background
 from pipeline.data.readers.transparency import composed
 from pipeline.data.source import Source
@@ -158,7 +159,7 @@ def _rendered(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Images by key, and what was left out, one line each. Both are kept in the folder of sets,
     where it can be written."""
-    digest = hashlib.sha256(f"{size} {RULES} {_renderer()}\n".encode())
+    digest = hashlib.sha256(f"{size} {RENDER_VERSION} {_renderer()}\n".encode())
     for key, svg in icons.drawings.items():
         digest.update(f"{key}\0{svg}\n".encode())
     path = folder / ".rendered" / f"{icons.style}-{size}-{digest.hexdigest()[:16]}.npz"
@@ -169,7 +170,7 @@ def _rendered(
     def one(item: tuple[str, str]) -> np.ndarray | str:
         key, svg = item
         try:
-            return render(svg, size)
+            return renderers.render(svg)
         except UnusableSvg as error:
             name = icons.own_names[key]
             return (
@@ -177,7 +178,7 @@ def _rendered(
                 "SVG"
             )
 
-    with ThreadPoolExecutor(workers) as pool:
+    with Renderers(size) as renderers, ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(one, icons.drawings.items()))
     images = {
         key: result
@@ -252,7 +253,11 @@ class IconSource(Source):
         self._problems = list(problems)
         self.everything = everything
         if split == "reported":
-            self.icons = [icon for kind in reported(config).values() for icon in kind]
+            every = [icon for kind in reported(config).values() for icon in kind]
+            # So that the first ones are of all kinds and styles.
+            self.icons = sorted(
+                every, key=lambda icon: hashlib.sha256(icon.label.encode()).digest()
+            )
         else:
             self.icons = _split(everything, split, config.icons.untoned_repeats)
         self.num_images = len(self.icons)

@@ -2,12 +2,13 @@
 
 Drawings come from others. One that needs a file or an address, that holds a script, or that unfolds
 into very many shapes is refused before it is rendered: resvg opens local files that `href` names,
-and overflows its stack where elements are nested too deeply. A drawing may still take it long, so
-take drawings of people you trust.
+and overflows its stack where elements are nested too deeply. Style sheets, huge numbers and more
+can still crash it or keep it busy, so drawings of others are rendered by svg_process.py.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 from typing import NamedTuple
@@ -22,8 +23,8 @@ MAX_SHAPES = 20_000
 """Elements of a drawing, those that `use` repeats counted each time."""
 _MAX_STYLE = 10_000
 """Letters of all style sheets of a drawing; each rule is compared with each element."""
-RULES = 2
-"""Number of the rules below and of what `render` makes of a drawing. It grows with each change."""
+RENDER_VERSION = 2
+"""Raised with each change of what is refused or drawn, so that images are rendered again."""
 MAX_ASPECT = 20
 """Longer side per shorter side."""
 _PIXELS = {"pt": 4 / 3, "pc": 16.0, "in": 96.0, "cm": 96 / 2.54, "mm": 96 / 25.4}
@@ -47,9 +48,6 @@ _REFUSED = {
 what to do."""
 _NAMED = re.compile(r"url\(\s*['\"]?\s*#([^)'\"]+)")
 """An element that a property names."""
-_RULE = re.compile(r"([^{}]*)\{([^{}]*)\}")
-"""Selectors and declarations of a style sheet."""
-_CLASS = re.compile(r"\s*\.([-\w]+)\s*")
 _ADDRESS = re.compile(r"url\(\s*['\"]?(?!\s*['\"]?#)|@import|expression\(", re.IGNORECASE)
 
 
@@ -76,7 +74,8 @@ def render(svg: str, size: int) -> np.ndarray:
         image = _drawn(svg, width=size) if wide else _drawn(svg, height=size)
     except BaseException as error:
         # A fault of resvg is no Exception, so that nobody passes over it by chance.
-        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+        known = isinstance(error, ValueError | Image.DecompressionBombError)
+        if not known and type(error).__name__ != "PanicException":
             raise
         raise UnusableSvg(f"it cannot be rendered by resvg ({error})") from error
     if max(image.size) > size:
@@ -87,6 +86,14 @@ def render(svg: str, size: int) -> np.ndarray:
     if not pixels[..., 3].any():
         raise UnusableSvg("it has nothing that can be seen")
     return pixels
+
+
+def require_renderer() -> None:
+    """Raises ModuleNotFoundError where resvg-py is not installed; says how to install it."""
+    if importlib.util.find_spec("resvg_py") is None:
+        raise ModuleNotFoundError(
+            "drawings in SVG need the package resvg-py; pip install 'mini-dalle[icons]'"
+        )
 
 
 def _aspect(root: ElementTree.Element) -> float:
@@ -127,12 +134,9 @@ def _pixels(length: str, side: str) -> float:
 
 
 def _drawn(svg: str, width: int | None = None, height: int | None = None) -> Image.Image:
-    try:
-        import resvg_py
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "drawings in SVG need the package resvg-py; pip install 'mini-dalle[icons]'"
-        ) from error
+    require_renderer()
+    import resvg_py
+
     # Without dots per inch it refuses sizes in millimetres and the like.
     png = resvg_py.svg_to_bytes(
         svg_string=svg, width=width, height=height, dpi=96, skip_system_fonts=True
@@ -157,13 +161,13 @@ def check_svg(svg: str) -> ElementTree.Element:
     if _local(root.tag) != "svg":
         raise UnusableSvg(f"it begins with <{_local(root.tag)}> and must begin with <svg>")
     by_id: dict[str, list[ElementTree.Element]] = {}
-    sheets = ""
+    letters = 0
     for element in root.iter():
         if (tag := _local(element.tag)) in _REFUSED:
             raise UnusableSvg(f"it has an element <{tag}>, which is not rendered; {_REFUSED[tag]}")
         if tag == "style":
-            sheets += "".join(element.itertext())
-            if len(sheets) > _MAX_STYLE:
+            letters += len("".join(element.itertext()))
+            if letters > _MAX_STYLE:
                 raise UnusableSvg(f"it has style sheets of more than {_MAX_STYLE:,} letters")
         for attribute, value in element.attrib.items():
             _check_attribute(_local(attribute), value)
@@ -171,13 +175,13 @@ def check_svg(svg: str) -> ElementTree.Element:
                 by_id.setdefault(value.strip(), []).append(element)
         if _ADDRESS.search(element.text or ""):
             raise UnusableSvg("its style loads an address")
-    if _Unfolding(by_id, _named_by_class(sheets)).measure(root, 0).shapes > MAX_SHAPES:
+    if _Unfolding(by_id).measure(root, 0).shapes > MAX_SHAPES:
         raise UnusableSvg(f"it unfolds into more than {MAX_SHAPES:,} shapes")
     return root
 
 
 def _check_attribute(name: str, value: str) -> None:
-    if name.startswith("on"):
+    if re.fullmatch("on[a-z]+", name):
         raise UnusableSvg(f"its attribute {name} would run a script")
     if name == "href" and not value.startswith("#"):
         raise UnusableSvg(
@@ -185,30 +189,6 @@ def _check_attribute(name: str, value: str) -> None:
         )
     if _ADDRESS.search(value):
         raise UnusableSvg(f"its attribute {name} loads an address")
-
-
-def _named_by_class(sheets: str) -> dict[str, list[str]]:
-    """The elements that style sheets name (a mask, a gradient), by the class that is drawn with
-    them.
-
-    Raises:
-        UnusableSvg: others than classes are, so that how much is drawn is unknown.
-    """
-    plain = re.sub(r"/\*.*?\*/", " ", sheets, flags=re.DOTALL)
-    if not re.search(r"url|\\", plain, re.IGNORECASE):
-        return {}
-    found: dict[str, list[str]] = {}
-    for selectors, declarations in _RULE.findall(plain):
-        for selector in selectors.split(",") if (names := _NAMED.findall(declarations)) else ():
-            if (one := _CLASS.fullmatch(selector)) is None:
-                raise UnusableSvg(
-                    f"its style sheet draws {selector.strip()[:40]!r} with a part of the drawing; "
-                    "use attributes, or a class"
-                )
-            found.setdefault(one[1], []).extend(names)
-    if "\\" in plain or re.search(r"url", _RULE.sub("", plain), re.IGNORECASE):
-        raise UnusableSvg("its style sheet cannot be read; use attributes")
-    return found
 
 
 class _Size(NamedTuple):
@@ -225,14 +205,10 @@ class _Unfolding:
 
     Args:
         by_id: elements by their names; where several have one, each counts.
-        by_class: names that style sheets give to the elements of a class.
     """
 
-    def __init__(
-        self, by_id: dict[str, list[ElementTree.Element]], by_class: dict[str, list[str]]
-    ) -> None:
+    def __init__(self, by_id: dict[str, list[ElementTree.Element]]) -> None:
         self._by_id = by_id
-        self._by_class = by_class
         self._sizes: dict[ElementTree.Element, _Size] = {}
 
     def measure(self, element: ElementTree.Element, depth: int) -> _Size:
@@ -257,8 +233,6 @@ class _Unfolding:
         """What an element draws by reference."""
         names = [value[1:] for name, value in element.attrib.items() if _local(name) == "href"]
         names += _NAMED.findall(" ".join(element.attrib.values()))
-        for one in element.get("class", "").split():
-            names += self._by_class.get(one, [])
         return [each for name in names for each in self._by_id.get(name.strip(), [])]
 
 

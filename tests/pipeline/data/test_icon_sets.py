@@ -185,6 +185,24 @@ def test_icons_may_be_turned_themselves_and_aliases_may_show_another_part(tmp_pa
     assert alpha["corner"].all() and not alpha["left"].all()
 
 
+def test_an_icon_that_is_turned_a_quarter_is_as_wide_as_it_was_high(tmp_path):
+    path = write_set(tmp_path, "set", {"bar": body("red")})
+    content = json.loads((path / "icons.json").read_text())
+    content["icons"]["bar"] |= {"body": '<rect width="8" height="4"/>', "height": 4, "rotate": 1}
+    (path / "icons.json").write_text(json.dumps(content))
+    alpha = render(read_set(path, {}).drawings["bar"], 8)[..., 3]
+    assert (alpha[:, 2:6] == 255).all() and not alpha[:, [0, 1, 6, 7]].any()
+
+
+def test_an_alias_whose_changes_cancel_draws_the_same(tmp_path):
+    aliases = {
+        "mirrored": {"parent": "cook", "hFlip": True},
+        "chef": {"parent": "mirrored", "hFlip": True, "vFlip": False, "rotate": 4},
+    }
+    path = write_set(tmp_path, "set", {"cook": body("red")}, {"1f9d1": "cook"}, aliases=aliases)
+    assert read_set(path, {}).further_names == {"chef": "1f9d1"}
+
+
 @pytest.mark.parametrize(
     ("alias", "reason"),
     [

@@ -169,22 +169,20 @@ def test_that_transparency_is_laid_on_a_background_is_said_once(two_styles, monk
     assert caplog.text.count("transparency, which is laid on #102030; data.alpha=keep") == 1
 
 
-@pytest.mark.parametrize("changed", ["RULES", "_renderer"])
-def test_images_of_another_renderer_are_not_read_again(two_styles, monkeypatch, changed):
+@pytest.mark.parametrize("changed", ["RENDER_VERSION", "_renderer"])
+def test_images_of_another_renderer_are_not_read_again(two_styles, monkeypatch, caplog, changed):
     load_sources(two_styles)
     load_icons.cache_clear()
-    monkeypatch.setattr(icons, changed, 99 if changed == "RULES" else lambda: "99.0")
-    rendered = []
-    plain = icons.render
-    monkeypatch.setattr(icons, "render", lambda *given: rendered.append(1) or plain(*given))
+    monkeypatch.setattr(icons, changed, 99 if changed == "RENDER_VERSION" else lambda: "99.0")
+    caplog.set_level(logging.INFO)
     load_sources(two_styles)
-    assert len(rendered) == 80
+    assert caplog.text.count("rendering 40 icons") == 2
 
 
 def test_rendered_images_are_kept_and_read_again(two_styles, monkeypatch, caplog):
     first, _ = load_sources(two_styles)
     load_icons.cache_clear()
-    monkeypatch.setattr(icons, "render", None)
+    monkeypatch.setattr(icons, "Renderers", None)
     caplog.set_level(logging.INFO)
     again, _ = load_sources(two_styles)
     assert again.fingerprint == first.fingerprint

@@ -184,38 +184,9 @@ def test_of_two_elements_of_one_name_both_count():
             check_svg(svg(pair + "<g>" * 60 + '<use href="#a"/>' + "</g>" * 60))
 
 
-def masks(count: int, style: str = "") -> str:
-    """Masks, each of which draws two shapes through the next."""
-    body = f"<style>{style}"
-    body += "".join(f".c{i}{{mask:url(#m{i + 1})}}" for i in range(count)) + "</style>"
-    for i in range(count):
-        body += f'<mask id="m{i}">' + f'<rect class="b c{i}" width="8" height="8"/>' * 2 + "</mask>"
-    return svg(f'{body}<mask id="m{count}"/><rect mask="url(#m0)" width="8" height="8"/>')
-
-
-def test_what_style_sheets_draw_with_counts():
-    check_svg(masks(4))
-    with pytest.raises(UnusableSvg, match="unfolds into more than"):
-        check_svg(masks(20))
-
-
-@pytest.mark.parametrize(
-    ("style", "reason"),
-    [
-        ("rect{mask:url(#m0)}", "draws 'rect' with a part of the drawing"),
-        (".b .c,.d{fill:url(#m0)}", "draws '.b .c' with"),
-        ("@media all{.b{mask:url(#m0)}}", "nested more than 100 deep"),  # as if it applied
-        (".b{mask:u\\72l(#m0)}", "cannot be read"),
-    ],
-)
-def test_a_style_sheet_that_cannot_be_followed_is_refused(style, reason):
-    with pytest.raises(UnusableSvg, match=reason):
-        check_svg(masks(1, style))
-
-
 def test_gradients_of_a_style_sheet_are_drawn():
     gradient = '<linearGradient id="g"><stop stop-color="#00f"/></linearGradient>'
-    sheet = "<style>/* url */ .a, .b { fill: url(#g) } .c{fill:red}</style>"
+    sheet = '<style>@charset "utf-8"; path.b,.a { fill: url(#g) } .c{fill:red}</style>'
     image = render(svg(f'{sheet}{gradient}<rect class="a" width="8" height="8"/>'), 8)
     assert image[4, 4].tolist() == [0, 0, 255, 255]
 
@@ -225,6 +196,19 @@ def test_all_style_sheets_of_a_drawing_have_one_limit():
     check_svg(svg(sheet))
     with pytest.raises(UnusableSvg, match="style sheets of more than 10,000 letters"):
         check_svg(svg(sheet * 2))
+
+
+def test_attributes_that_only_begin_as_events_do_are_kept():
+    check_svg(svg('<g only_selected="false" one-="1"/>'))  # as Inkscape writes
+    with pytest.raises(UnusableSvg, match="its attribute onload would run a script"):
+        check_svg(svg('<g onload="x()"/>'))
+
+
+def test_a_drawing_that_the_renderer_makes_too_large_is_refused():
+    """It takes no view box whose numbers have units."""
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10px 10px">'
+    with pytest.raises(UnusableSvg, match=r"it was drawn at .* pixels; add a viewBox"):
+        render(f'{head}<rect width="600" height="1"/></svg>', 64)
 
 
 def test_a_fault_of_resvg_is_a_drawing_that_cannot_be_rendered():

@@ -91,6 +91,9 @@ def test_images_that_metrics_are_of_chose_no_setting_where_there_are_any(tmp_pat
     if kind == "reported":
         cells = [cell_of(icon.key, icon.style) for icon in expected.icons]
         assert all(cell.kind != "train" and not cell.tuning for cell in cells)
+        first = [(icon.style, cell.kind) for icon, cell in zip(expected.icons, cells, strict=True)]
+        half = first[: len(first) // 2]  # metrics are of the first so many
+        assert len({style for style, _ in half}) == 3 and len({kind for _, kind in half}) > 1
 
 
 def test_prompts_are_the_first_wording_of_cells_that_are_reported(tmp_path, monkeypatch):

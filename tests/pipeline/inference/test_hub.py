@@ -83,11 +83,11 @@ def test_a_bundle_that_is_pushed_over_another_leaves_nothing_of_it_that_is_read(
     """Else its styles and names would be those of prompts."""
     known = tiny_icons_pipeline(KnownPrompts(("noto",), ("red heart",)))
     known.push_to_hub(NAME, token=hub.token)
-    own = {"notes.json": b"{}", "old.md": b"o", "prior/old.json": b"{}"}
+    mine = {"notes.json": b"{}", "old.md": b"o", "prior/mine/x.json": b"{}"}
+    own = mine | {"prior/old.json": b"{}"}
     hub.add(NAME, hub.files(NAME) | own)
     push_bundle(saved, NAME, token=hub.token)
-    kept = {".gitattributes", "README.md", "notes.json", "old.md"}
-    assert set(hub.files(NAME)) == {*PARTS, *kept}
+    assert set(hub.files(NAME)) == {*PARTS, *mine, ".gitattributes", "README.md"}
     assert TextToImagePipeline.from_pretrained(NAME).known_prompts is None
 
 

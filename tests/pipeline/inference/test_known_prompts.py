@@ -36,6 +36,9 @@ KNOWN = KnownPrompts(
         "a noto red heart",
         "noto style red heart",
         "noto-style red heart",
+        "red heart, noto-style",
+        "red heart in the style of the noto",
+        "a red heart drawn in noto style",
         "red heart noto",
         "a red heart in noto",
         "",
@@ -68,6 +71,7 @@ def test_of_styles_that_end_alike_the_longest_is_meant():
     known = KnownPrompts(("heart", "my heart", "big my heart"), ("red",))
     assert known.problems("red, big my heart style") == []
     assert known.problems("red my heart") == []
+    assert known.problems("red in the style of my heart") == []
 
 
 def test_a_name_may_end_as_a_style_is_called():
