@@ -7,6 +7,7 @@ a letter, `P` or `U`: the pixels of the image, or why the drawing is unusable.
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -25,6 +26,8 @@ SECONDS = 20.0
 """That one drawing may take."""
 _MEMORY = 4 * 2**30
 """Bytes of address space of a process."""
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""A library of many threads reserves more than that on a machine of many cores."""
 _ROOT = Path(__file__).parents[3]
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); import {} as own; own.serve(int(sys.argv[2]))"
@@ -95,6 +98,7 @@ class Renderers:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # what a crash says
+            env=os.environ | _ONE_THREAD,
         )
         self._all.append(process)
         return process
