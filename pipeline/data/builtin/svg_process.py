@@ -14,7 +14,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import IO
 
@@ -74,7 +74,10 @@ class Renderers:
         Raises:
             UnusableSvg: also where the renderer crashes, or takes longer than `SECONDS`.
         """
-        process = self._free.get() if not self._free.empty() else self._started()
+        try:
+            process = self._free.get_nowait()
+        except Empty:
+            process = self._started()
         late = threading.Timer(SECONDS, process.kill)
         late.start()
         try:
