@@ -63,7 +63,7 @@ class Serving:
 
 @pytest.mark.slow
 def test_a_server_answers_and_finishes_what_runs_after_a_signal(tmp_path, bundle):
-    serving = Serving(tmp_path, bundle)
+    serving = Serving(tmp_path, bundle, "--log-prompts")
     results = []
 
     def ask(seed):
@@ -75,7 +75,9 @@ def test_a_server_answers_and_finishes_what_runs_after_a_signal(tmp_path, bundle
     asking = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
     for one in asking:
         one.start()
-    serving.wait_until_sampling()
+    while serving.log.read_text().count(" prompt 'a red heart'") < 4:  # all are being sampled
+        assert serving.process.poll() is None
+        time.sleep(0.01)
     status, rest = serving.stop()
     for one in asking:
         one.join()
