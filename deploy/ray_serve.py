@@ -34,6 +34,7 @@ class Arguments(BaseModel):
     host: str = ServerSettings.host
     """Address that Ray's proxies listen at, as in `http_options`."""
     public_host: str | None = ServerSettings.public_host
+    """Name by which clients ask a proxy in front of Ray's, where these listen at the loopback."""
     slots: int | Literal["auto"] = "auto"
     max_waiting: int = ServerSettings.max_waiting
     max_images: int = ServerSettings.max_images

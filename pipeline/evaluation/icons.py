@@ -27,7 +27,7 @@ import numpy as np
 
 from pipeline.config.experiment import Experiment
 from pipeline.data.builtin.icon_split import base_of, tone_of, without_tones
-from pipeline.data.builtin.icons import Icon, IconSource, reported, styled_captions
+from pipeline.data.builtin.icons import Icon, IconSource, by_hash, reported, styled_captions
 from pipeline.data.readers.transparency import composed
 from pipeline.evaluation.accuracy import Accuracy
 from pipeline.evaluation.emoji import squared_errors
@@ -69,7 +69,7 @@ def icon_metrics(
 
 def some(icons: Sequence[Icon], limit: int) -> list[Icon]:
     """At most `limit` icons, chosen by a hash of their names: the same whatever else there is."""
-    return sorted(icons, key=lambda icon: _hash(icon.label))[:limit]
+    return by_hash(icons)[:limit]
 
 
 def judged(

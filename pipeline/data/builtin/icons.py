@@ -253,11 +253,8 @@ class IconSource(Source):
         self._problems = list(problems)
         self.everything = everything
         if split == "reported":
-            every = [icon for kind in reported(config).values() for icon in kind]
-            # So that the first ones are of all kinds and styles.
-            self.icons = sorted(
-                every, key=lambda icon: hashlib.sha256(icon.label.encode()).digest()
-            )
+            # In an order whose first ones are of all kinds and styles.
+            self.icons = by_hash([icon for kind in reported(config).values() for icon in kind])
         else:
             self.icons = _split(everything, split, config.icons.untoned_repeats)
         self.num_images = len(self.icons)
@@ -301,14 +298,18 @@ def _split(everything: Sequence[Icon], split: str, untoned_repeats: int = 1) -> 
     trained = [icon for icon in everything if cell_of(icon.key, icon.style).kind == "train"]
     validation = [icon for icon in everything if _is_tuning(icon)]
     if not validation:  # few drawings, of a user's own
-        by_hash = sorted(trained, key=lambda icon: hashlib.sha256(icon.label.encode()).digest())
-        validation = by_hash[: max(len(by_hash) // _FEW_HELD_OUT, 1)]
+        validation = by_hash(trained)[: max(len(trained) // _FEW_HELD_OUT, 1)]
         chosen = set(validation)
         trained = [icon for icon in trained if icon not in chosen]
     if split == "train":
         untoned = [icon for icon in trained if without_tones(icon.key) == icon.key]
         return trained + untoned * (untoned_repeats - 1)
     return validation
+
+
+def by_hash(icons: Sequence[Icon]) -> list[Icon]:
+    """Icons by a hash of their style and name: in one order, whatever else there is."""
+    return sorted(icons, key=lambda icon: hashlib.sha256(icon.label.encode()).digest())
 
 
 def _is_tuning(icon: Icon) -> bool:
