@@ -269,6 +269,7 @@ def codebook_command(
             that its image is encoded as the code, or both side by side
         out: folder for the page (RUN/codebook)
     """
+    from pipeline.data.source import more_held_out
     from pipeline.evaluation.codebook_report import NUMBERS
     from pipeline.runtime.atomic_io import check_output_dir
     from pipeline.runtime.network import network_forbidden
@@ -284,7 +285,8 @@ def codebook_command(
     check_output_dir(out, NUMBERS, "codebook page")
     if not len(source):
         raise ValueError(
-            "no image is held out, so there is nothing to encode; raise data.val_fraction"
+            "no image is held out, so there is nothing to encode; "
+            + more_held_out(experiment.data.source, experiment.data.val_fraction)
         )
     images = source.images(range(min(max_images, len(source))))
     for view in pipeline.codebook_page(tokenizer, images, out, mode=mode):

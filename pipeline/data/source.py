@@ -149,10 +149,14 @@ def check_splits(
     """
     if train == 0 or not held_out_in_all:
         count = "an unknown number of" if train is None else train
-        advice = f"raise data.val_fraction (now {config.val_fraction}), e.g. to 0.2"
-        if name == "icons":  # which hold cells out, and by another rule
-            advice = "add drawings of other names"
         raise ValueError(
             f"{name} has {count} images to train on and {held_out} held out to judge on, and each "
-            f"needs at least one; {advice}"
+            f"needs at least one; {more_held_out(name, config.val_fraction)}"
         )
+
+
+def more_held_out(source: str, val_fraction: float) -> str:
+    """What to do for more held-out images of a source, as the end of an error."""
+    if source == "icons":  # which hold cells out, and by another rule
+        return "add drawings of other names"
+    return f"raise data.val_fraction (now {val_fraction}), e.g. to 0.2"

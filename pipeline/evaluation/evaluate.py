@@ -16,7 +16,7 @@ from pipeline.config.data import as_setting, data_settings
 from pipeline.config.experiment import Experiment, to_dict
 from pipeline.data.builtin.icons import IconSource
 from pipeline.data.load import load_source
-from pipeline.data.source import Source
+from pipeline.data.source import Source, more_held_out
 from pipeline.evaluation.accuracy import ENOUGH, Accuracy
 from pipeline.evaluation.elbo_surgery import is_stochastic, surgery_metrics
 from pipeline.evaluation.emoji import check_split, emoji_metrics
@@ -135,7 +135,8 @@ def evaluate(
     count = min(images, len(held_out))
     if not count:
         raise ValueError(
-            "no image is held out, so there is nothing to judge on; raise data.val_fraction"
+            "no image is held out, so there is nothing to judge on; "
+            + more_held_out(experiment.data.source, experiment.data.val_fraction)
         )
     report = Report()
     if isinstance(pipe, LatentPipeline):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from pipeline.config.experiment import Experiment
+from pipeline.data.source import more_held_out
 from pipeline.evaluation.evaluate import evaluate, held_out_source
 from pipeline.evaluation.metrics import stacked
 from pipeline.inference.latent_pipeline import LatentPipeline
@@ -194,7 +195,8 @@ def _check_trainable(models: Mapping[str, Experiment]) -> None:
     count = min(len(held_out), _BATCH)
     if count < 2:
         raise ValueError(
-            f"{count} images are held out, and an interval needs 2; raise data.val_fraction"
+            f"{count} images are held out, and an interval needs 2; "
+            + more_held_out(first.data.source, first.data.val_fraction)
         )
     images = torch.from_numpy(held_out.images(range(count)))
     for name, experiment in models.items():

@@ -253,3 +253,8 @@ def test_configuration_errors_are_all_named():
         )
     with pytest.raises(ValueError, match="the shapes need at least 32"):
         DataConfig(source="shapes", image_size=16)
+
+
+def test_an_error_of_icons_advises_no_setting_that_icons_ignore():
+    assert more_held_out("icons", 0.05) == "add drawings of other names"
+    assert "raise data.val_fraction (now 0.05)" in more_held_out("emoji", 0.05)
