@@ -42,6 +42,8 @@ from pipeline.data.streaming.samples import streams
 from pipeline.data.streaming.source import HELD_OUT, HeldRows, StreamSource, as_read
 from pipeline.data.worker_info import SINGLE_PROCESS, WorkerInfo
 
+_DRAWINGS = "a folder of SVGs is read by data.source=icons, data.icons.sets=[FOLDER]"
+
 
 def load_sources(
     config: DataConfig,
@@ -170,10 +172,12 @@ def _rows_of(config: DataConfig, require_captions: bool) -> Rows:
             else parquet_rows(config, files)
         )
     if path.is_dir():
-        if not any(file.suffix.lower() in EXTENSIONS for file in files_below(path)):
+        endings = {file.suffix.lower() for file in files_below(path)}
+        if not endings & set(EXTENSIONS):
+            drawings = f"; {_DRAWINGS}" if ".svg" in endings else ""
             raise ValueError(
                 f"{path} holds 0 images and no captions, shards or Parquet; it holds "
-                f"{contents(path)}; {LAYOUTS}"
+                f"{contents(path)}; {LAYOUTS}{drawings}"
             )
         return split_folder_rows(path, config, require_captions) or folder_rows(
             path, config, require_captions=require_captions

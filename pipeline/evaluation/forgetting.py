@@ -12,7 +12,7 @@ from pipeline.config.data import DataConfig, as_setting
 from pipeline.config.experiment import Experiment
 from pipeline.config.load import from_dict
 from pipeline.data.load import load_source
-from pipeline.data.source import Source
+from pipeline.data.source import Source, more_held_out
 from pipeline.evaluation.metrics import autocast, prior_metrics, tokenizer_metrics
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.runtime.network import network_forbidden
@@ -97,9 +97,10 @@ def forgetting(
     for data, source in sources.items():
         count = min(images, len(source))
         if not count:
+            fraction = experiment.data.val_fraction
             raise ValueError(
-                f"no image of the {data} is held out, so there is nothing to judge on; raise "
-                "data.val_fraction"
+                f"no image of the {data} is held out, so there is nothing to judge on; "
+                + more_held_out(source.name, fraction)
             )
         for when, pipe in (("before", old), ("after", new)):
             metrics = _metrics(pipe, source, count, experiment.precision, with_psnr=other_codes)

@@ -18,7 +18,15 @@ from PIL import Image
 from pipeline.config.data import DataConfig
 from pipeline.config.experiment import Experiment
 from pipeline.config.load import load_values
-from pipeline.data.builtin.icon_sets import STYLES, key_index, key_of_slug, name_of_slug, read_set
+from pipeline.data.builtin.icon_sets import (
+    STYLES,
+    key_index,
+    key_of_slug,
+    name_of_slug,
+    read_set,
+    read_terms,
+    svg_text,
+)
 from pipeline.data.builtin.icons import emoji_names, styled_captions
 from pipeline.data.builtin.svg import UnusableSvg
 from pipeline.data.builtin.svg_process import Renderers
@@ -202,6 +210,8 @@ def read_drawings(path: Path, size: int) -> list[Drawing]:
         return names.get(key_of_slug(stem, known) or "", name_of_slug(stem))
 
     images = _images(path, size, name_of) if endings & set(EXTENSIONS) else []
+    if ".svg" not in endings:  # so that other images need no renderer
+        return images
     with Renderers(size) as renderers:
         return [*_of_svgs(path, renderers, name_of), *images]
 
@@ -230,7 +240,7 @@ def _of_svgs(folder: Path, renderers: Renderers, name_of: Callable[[str], str]) 
             continue
         caption = file.with_suffix(".txt")
         try:
-            svg = read_file(file, MAX_TEXT_BYTES).decode("utf-8-sig")
+            svg = svg_text(read_file(file, MAX_TEXT_BYTES))
             said = (
                 read_file(caption, MAX_TEXT_BYTES).decode("utf-8-sig") if caption.is_file() else ""
             )
@@ -278,10 +288,8 @@ def _images(path: Path, size: int, name_of: Callable[[str], str]) -> list[Drawin
 
 
 def _terms_of(path: Path, style: str) -> dict[str, str | None]:
-    """`IconSet.terms` under the new style's name; a folder without SVGs states none."""
-    if not (_is_set(path) or any(path.glob("*.[sS][vV][gG]"))):
-        return {"style": style, "licence": None, "author": None}
-    return read_set(path, {}).terms | {"style": style}
+    """`IconSet.terms` under the new style's name."""
+    return {"style": style, **read_terms(path)}
 
 
 def _name_of(drawings: Path) -> str:

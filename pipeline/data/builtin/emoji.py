@@ -105,15 +105,43 @@ def held_out_names(names: Sequence[str], share: float, seed: int = 0) -> set[str
 
 
 def read_names(folder: Path) -> dict[str, str]:
-    """Text -> English name, from the CLDR's annotations/en.xml and annotationsDerived/en.xml."""
+    """Text -> English name, from the CLDR's annotations/en.xml and annotationsDerived/en.xml.
+
+    Raises:
+        ValueError: a file is no XML; says which.
+    """
     names: dict[str, str] = {}
     for part in ("annotations", "annotationsDerived"):
         path = folder / part / "en.xml"
-        if path.is_file():
-            for entry in ElementTree.parse(path).getroot().iter("annotation"):
-                if entry.get("type") == "tts" and entry.text:
-                    names[entry.get("cp", "")] = entry.text.strip()
+        if not path.is_file():
+            continue
+        try:
+            root = ElementTree.parse(path).getroot()
+        except ElementTree.ParseError as error:
+            raise ValueError(f"{path} is no XML ({error}); replace it by a whole copy") from error
+        for entry in root.iter("annotation"):
+            if entry.get("type") == "tts" and entry.text:
+                names[entry.get("cp", "")] = entry.text.strip()
     return names
+
+
+def installed_names(annotations: str | None) -> dict[str, str]:
+    """Text -> English name, from the CLDR, or without it from the package `emoji`; empty without
+    either.
+
+    Args:
+        annotations: the CLDR's folder `common`, where it is not in its usual place.
+
+    Raises:
+        FileNotFoundError: that folder has no names.
+    """
+    named = read_names(Path(annotations or ANNOTATIONS).expanduser())
+    if annotations and not named:
+        raise FileNotFoundError(
+            f"{annotations} has no names in annotations/en.xml; give the CLDR's folder 'common', "
+            "or leave annotations out"
+        )
+    return named or names_of_package()
 
 
 def names_of_package() -> dict[str, str]:
@@ -150,7 +178,7 @@ def load_emoji(
             f"the emoji font {font_path} is not there; install it (Debian: apt-get install "
             "fonts-noto-color-emoji) or give its path as data.emoji.font"
         )
-    names = read_names(Path(annotations or ANNOTATIONS)) or names_of_package()
+    names = installed_names(annotations)
     if not names:
         raise FileNotFoundError(
             f"the names of the emoji are not in {annotations or ANNOTATIONS}; install them "

@@ -113,18 +113,19 @@ def main() -> int:
         description="Fetches sets of icons by npm.",
     )
     reader.add_argument("sets", nargs="*", default=list(PACKAGES), help="names of sets (all)")
-    reader.add_argument("--folder", type=Path, default=Path(IconOptions().folder).expanduser())
+    reader.add_argument("--folder", type=Path, default=Path(IconOptions().folder))
     options = reader.parse_args()
+    folder = options.folder.expanduser()
     for name in options.sets:
-        if is_there(name, options.folder):
-            _log.info("%s is there", options.folder / name)
+        if is_there(name, folder):
+            _log.info("%s is there", folder / name)
             continue
         try:
-            fetch(name, options.folder)
+            fetch(name, folder)
         except (OSError, ValueError) as error:
             _log.error("%s", error)
             return 1
-        _log.info("wrote %s", options.folder / name)
+        _log.info("wrote %s", folder / name)
     return 0
 
 

@@ -28,9 +28,12 @@ STYLES = {"fluent-emoji-flat": "fluent", "noto-v1": "blob"}
 _SELECTORS = "\ufe0e\ufe0f"
 _SHORT_POINTS = {"23", "2a", "a9", "ae", *(f"3{digit}" for digit in range(10))}
 """Code points of fewer than four digits that begin an emoji: keycaps, and two signs."""
+_KEYCAP = re.compile("[0-9#*]\ufe0f?\u20e3")
 _PREFIX = re.compile(r"\w[\w .-]{0,99}")
 """A set's prefix: a word of captions, and a part of a file's name."""
 _REPLACE = "replace it by a whole copy, which `make icons` does for its own sets"
+_OTHER_FILES = (".svgz", ".ai", ".eps")
+"""Drawings that are left out of a folder of SVGs."""
 
 
 @dataclass(frozen=True)
@@ -107,23 +110,54 @@ def read_set(path: Path, known: Mapping[str, str]) -> IconSet:
         return _read_iconify(path, known)
     if (path / "icons.json").is_file():
         return _read_iconify(path / "icons.json", known)
-    below = path.iterdir() if path.is_dir() else ()
-    files = sorted(file for file in below if file.suffix.lower() == ".svg")
+    below = sorted(path.iterdir()) if path.is_dir() else []
+    files = [file for file in below if file.suffix.lower() == ".svg"]
     if not files:
         raise FileNotFoundError(
             f"{path} has no icons: give an Iconify JSON file, a folder with icons.json, or a "
             "folder of .svg files"
         )
-    problems: list[str] = []
+    problems = _left_out_of(path, below)
     drawings: dict[str, str] = {}
     for file in files:
+        if file.stem in drawings:
+            problems.append(
+                f"{printable(file.name)} is left out: another file has its name; rename one"
+            )
+            continue
         try:
-            drawings[file.stem] = read_file(file, MAX_TEXT_BYTES).decode()
+            drawings[file.stem] = svg_text(read_file(file, MAX_TEXT_BYTES))
         except (OSError, ValueError) as error:
             problems.append(f"{printable(file.name)} is left out: {error}")
     chars = _beside(path / "icons.json", "chars.json", None)
     joined = _joined(path.name, drawings, chars, known, problems, "chars.json")
     return _with_terms(joined, _beside(path / "icons.json", "info.json", None))
+
+
+def svg_text(content: bytes) -> str:
+    """The text of an SVG file. Raises ValueError where it is of another encoding than UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no UTF-8 (byte {error.start}); save it as UTF-8") from error
+
+
+def _left_out_of(folder: Path, below: Sequence[Path]) -> list[str]:
+    """What a folder of SVGs has beside them that a user may take for a part of the set."""
+    problems = []
+    others = [file for file in below if file.suffix.lower() in _OTHER_FILES]
+    if others:
+        problems.append(
+            f"{folder.name}: {len(others)} files, such as {printable(others[0].name)}, are left "
+            "out; save them as plain SVGs"
+        )
+    deeper = [one for one in below if one.is_dir() and any(one.rglob("*.[sS][vV][gG]"))]
+    if deeper:
+        problems.append(
+            f"{folder.name}: SVGs in {len(deeper)} folders, such as {printable(deeper[0].name)}/, "
+            "are left out; put all drawings of a style into one folder"
+        )
+    return problems
 
 
 def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
@@ -145,7 +179,9 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
     aliases: dict[str, str] = {}
     for name in [*icons, *(further if isinstance(further, dict) else {})]:
         try:
-            drawings[name], same = _drawing(content, name)
+            drawing, same = _drawing(content, name)
+            (name + drawing).encode()  # a lone surrogate is no letter
+            drawings[name] = drawing
             if same not in (None, name):
                 aliases[name] = same
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -158,23 +194,44 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
     return _with_terms(joined, _beside(path, "info.json", content.get("info")))
 
 
+def read_terms(path: Path) -> dict[str, str | None]:
+    """Licence and author of a set, as `IconSet` has them; also of a folder of other images."""
+    file = path if path.is_file() else path / "icons.json"
+    inside = _read_object(file).get("info") if file.is_file() else None
+    return _terms(_beside(file, "info.json", inside))
+
+
 def _with_terms(icons: IconSet, info: Mapping[str, Any]) -> IconSet:
-    """A set with the licence and the author that `info.json` states."""
-    licence = info.get("license")
-    author = info.get("author")
+    found = _terms(info)
     return replace(
         icons,
-        licence=_title(licence, "spdx") or _title(licence, "title"),
-        licence_url=_title(licence, "url"),
-        author=_title(author, "name"),
-        author_url=_title(author, "url"),
+        licence=found["licence"],
+        licence_url=found["licence_url"],
+        author=found["author"],
+        author_url=found["author_url"],
     )
+
+
+def _terms(info: Mapping[str, Any]) -> dict[str, str | None]:
+    """What `info.json` states."""
+    licence = info.get("license")
+    author = info.get("author")
+    return {
+        "licence": _title(licence, "spdx") or _title(licence, "title"),
+        "licence_url": _title(licence, "url"),
+        "author": _title(author, "name"),
+        "author_url": _title(author, "url"),
+    }
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = parse_json(read_file(path, MAX_SET_BYTES))
     except ValueError as error:
+        if path.suffix.lower() != ".json":
+            raise ValueError(
+                f"{path} is no Iconify JSON file; give one, or a folder of .svg files"
+            ) from error
         raise ValueError(f"{path} cannot be read ({error}); {_REPLACE}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; {_REPLACE}")
@@ -291,7 +348,10 @@ def _joined(
     if chars:
         for points, slug in chars.items():
             if isinstance(slug, str) and slug in drawings:
-                slugs.setdefault(_normal(points), slug)
+                key = _normal(points)
+                if _is_private(key):  # which each font uses as it likes
+                    key = key_of_slug(slug, known) or slug
+                slugs.setdefault(key, slug)
         if left_out := sorted(set(drawings) - set(slugs.values()) - others):
             problems.append(
                 f"{prefix}: {len(left_out)} icons, such as {printable(left_out[0])}, have no code "
@@ -301,9 +361,9 @@ def _joined(
         found: set[str] = set()
         for slug in drawings:  # icons, then aliases
             icon = aliases.get(slug, slug)
-            key = key_of_slug(slug, known)
-            if key is not None and key not in slugs and icon not in found:
-                slugs[key] = icon
+            own = key_of_slug(slug, known)
+            if own is not None and own not in slugs and icon not in found:
+                slugs[own] = icon
                 found.add(icon)
         unknown = [slug for slug in drawings if slug not in found and slug not in aliases]
         if slugs:
@@ -329,9 +389,33 @@ def _joined(
 
 
 def key_of_slug(slug: str, known: Mapping[str, str]) -> str | None:
-    """The key of a drawing by its file's name: code points (emoji_u1f600, 1f600), or the name of an
-    emoji; None where it is neither."""
-    return _normal(slug) if _is_points(slug) else known.get(letters_of(slug))
+    """The key of a drawing by its file's name: code points (emoji_u1f600, 1f600), an emoji, or the
+    name of one; None where it is none of these."""
+    if _is_points(slug):
+        return _normal(slug)
+    if _is_emoji(slug):
+        return key_of(slug)
+    letters = letters_of(slug)
+    return known.get(letters) if letters else None
+
+
+def _is_emoji(text: str) -> bool:
+    """Whether a text is symbols alone: an emoji, or several."""
+    symbols = _KEYCAP.sub("", text)
+    return bool(text) and all(
+        not letter.isascii() and unicodedata.category(letter)[0] in "SCM" for letter in symbols
+    )
+
+
+def _is_private(key: str) -> bool:
+    """Whether a key is code points that Unicode leaves to each font, as fonts of icons use them."""
+    parts = key.split("-")
+    return all(
+        re.fullmatch(r"[0-9a-f]{4,6}", part) is not None
+        and int(part, 16) <= sys.maxunicode
+        and unicodedata.category(chr(int(part, 16))) == "Co"
+        for part in parts
+    )
 
 
 def _is_points(slug: str) -> bool:
@@ -356,7 +440,7 @@ def _normal(points: str) -> str:
 
 
 def letters_of(name: str) -> str:
-    """A name's letters and digits, as names are compared."""
+    """A name's letters and digits of any script, as names are compared."""
     plain = unicodedata.normalize("NFKD", name.lower()).replace("&", "and")
     plain = re.sub(r"^flag-for-(flag-)?", "flag ", plain)
-    return re.sub(r"[^a-z0-9]", "", plain)
+    return "".join(letter for letter in plain if letter.isalnum())

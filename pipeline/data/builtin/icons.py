@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 
 from pipeline.config.data import DataConfig
-from pipeline.data.builtin.emoji import ANNOTATIONS, names_of_package, read_names
+from pipeline.data.builtin.emoji import installed_names
 from pipeline.data.builtin.icon_sets import (
     IconSet,
     key_index,
@@ -33,8 +33,8 @@ from pipeline.data.builtin.icon_sets import (
     read_set,
 )
 from pipeline.data.builtin.icon_split import Kind, cell_of, without_tones
-from pipeline.data.builtin.svg import RENDER_VERSION, UnusableSvg
-from pipeline.data.builtin.svg_process import Renderers
+from pipeline.data.builtin.svg import RENDER_VERSION, UnusableSvg, require_renderer
+from pipeline.data.builtin.svg_process import Renderers, TooSlow
 from pipeline.data.readers.images import random_crop, say_background
 from pipeline.data.readers.transparency import composed
 from pipeline.data.source import Source
@@ -101,7 +101,7 @@ def load_icons(
             problems.append(f"{one.style} states no licence; ask before you share what it trains")
         images, left_out = _rendered(one, size, Path(folder).expanduser(), workers)
         if not images:
-            reasons = [*one.problems, *left_out]
+            reasons = [*left_out, *one.problems]
             raise ValueError(
                 f"the style {one.style} has no drawing that can be rendered"
                 f"{f' ({reasons[0]})' if reasons else ''}; mend its set, or leave it out of "
@@ -129,8 +129,7 @@ def _distinct(icons: Sequence[Icon]) -> list[Icon]:
 def emoji_names(annotations: str | None) -> dict[str, str]:
     """English names by key, from the Unicode CLDR or the package `emoji`; empty without either,
     where icons keep the names of their sets."""
-    named = read_names(Path(annotations or ANNOTATIONS)) or names_of_package()
-    return {key_of(text): name for text, name in named.items()}
+    return {key_of(text): name for text, name in installed_names(annotations).items()}
 
 
 def _first_name(sets: Sequence[IconSet], key: str) -> str:
@@ -138,12 +137,15 @@ def _first_name(sets: Sequence[IconSet], key: str) -> str:
 
 
 def locate_set(folder: Path, entry: str) -> Path:
-    """The path of a set: its name in the folder of sets, or a path of its own.
+    """The path of a set: its name in the folder of sets, or a path of its own. What begins with a
+    dot is a path.
 
     Raises:
         FileNotFoundError: neither exists; says what the folder has.
     """
-    for path in (folder / entry, folder / f"{entry}.json", Path(entry).expanduser()):
+    own = Path(entry).expanduser()
+    in_folder = () if entry.startswith(".") else (folder / entry, folder / f"{entry}.json")
+    for path in (*in_folder, own.resolve()):
         if path.exists():
             return path
     there = sorted(path.stem for path in folder.glob("*") if not path.name.startswith("."))
@@ -158,8 +160,9 @@ def _rendered(
     icons: IconSet, size: int, folder: Path, workers: int
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Images by key, and what was left out, one line each. Both are kept in the folder of sets,
-    where it can be written."""
-    digest = hashlib.sha256(f"{size} {RENDER_VERSION} {_renderer()}\n".encode())
+    where it can be written, unless a drawing took too long, which the next run tries again."""
+    require_renderer()
+    digest = hashlib.sha256(f"{size} {RENDER_VERSION} {version('resvg-py')}\n".encode())
     for key, svg in icons.drawings.items():
         digest.update(f"{key}\0{svg}\n".encode())
     path = folder / ".rendered" / f"{icons.style}-{size}-{digest.hexdigest()[:16]}.npz"
@@ -167,11 +170,15 @@ def _rendered(
         return kept
     _log.info("rendering %d icons of %s at %dx%d", len(icons.drawings), icons.style, size, size)
 
+    too_slow: list[str] = []
+
     def one(item: tuple[str, str]) -> np.ndarray | str:
         key, svg = item
         try:
             return renderers.render(svg)
         except UnusableSvg as error:
+            if isinstance(error, TooSlow):
+                too_slow.append(key)
             name = icons.own_names[key]
             return (
                 f"{icons.style}: the drawing of {name} is left out ({error}); save it as a plain "
@@ -186,7 +193,7 @@ def _rendered(
         if isinstance(result, np.ndarray)
     }
     problems = [result for result in results if isinstance(result, str)]
-    if images:
+    if images and not too_slow:
         try:
             with atomic_write(path) as beside, beside.open("wb") as file:
                 np.savez_compressed(
@@ -202,14 +209,6 @@ def _rendered(
                 error,
             )
     return images, problems
-
-
-def _renderer() -> str:
-    """The renderer's version; empty where it is not installed."""
-    try:
-        return version("resvg-py")
-    except PackageNotFoundError:
-        return ""
 
 
 def _kept(path: Path) -> tuple[dict[str, np.ndarray], list[str]] | None:

@@ -23,7 +23,7 @@ MAX_SHAPES = 20_000
 """Elements of a drawing, those that `use` repeats counted each time."""
 _MAX_STYLE = 10_000
 """Letters of all style sheets of a drawing; each rule is compared with each element."""
-RENDER_VERSION = 2
+RENDER_VERSION = 3
 """Raised with each change of what is refused or drawn, so that images are rendered again."""
 MAX_ASPECT = 20
 """Longer side per shorter side."""
@@ -104,17 +104,18 @@ def _aspect(root: ElementTree.Element) -> float:
             none: resvg would take the size of what is drawn.
     """
     box = root.get("viewBox")
+    given = [(root.get(name) or "").strip() for name in ("width", "height")]
+    given = ["" if length == "auto" else length for length in given]
     sides = ["100", "100"]
     if box is not None:
         sides = re.split(r"[\s,]+", box.strip())[2:]
         if len(sides) != 2:
             raise UnusableSvg(f"its viewBox {box[:40]!r} is not four numbers")
-    elif any((root.get(name) or "%").strip().endswith("%") for name in ("width", "height")):
+        if not all(given):  # a side that is not given follows from the view box
+            given = ["100%", "100%"]
+    elif any(not length or length.endswith("%") for length in given):
         raise UnusableSvg("it has no size; add a viewBox, or width and height")
-    width, height = (
-        _pixels(root.get(name, "100%"), side)
-        for name, side in zip(("width", "height"), sides, strict=True)
-    )
+    width, height = map(_pixels, given, sides)
     if not (0 < width < MAX_ASPECT * height and 0 < height < MAX_ASPECT * width):
         raise UnusableSvg(
             f"it has {width:g}x{height:g} pixels, and one side may have at most {MAX_ASPECT} times "

@@ -261,6 +261,10 @@ def _table_of_json(path: Path, text: str) -> Table:
         lists = [value for value in content.values() if _is_list_of_rows(value)]
     if len(lists) != 1 or not _is_list_of_rows(lists[0]):
         held = listed(list(content)) if isinstance(content, dict) else type(content).__name__
+        if isinstance(content, dict) and {"prefix", "icons"} <= content.keys():
+            raise ValueError(
+                f"{path} is a set of icons; set data.source=icons and data.icons.sets=[{path}]"
+            )
         raise ValueError(
             f"{path} holds no rows ({held}); accepted are a list of rows "
             '([{"image": "cat.png", "text": "a cat"}]), COCO captions (images and annotations), '

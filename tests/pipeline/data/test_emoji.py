@@ -10,6 +10,7 @@ import pytest
 from pipeline.config.builtin import EmojiOptions
 from pipeline.config.data import DataConfig, data_settings
 from pipeline.config.experiment import to_dict
+from pipeline.data.builtin import emoji
 from pipeline.data.builtin.emoji import (
     ANNOTATIONS,
     FONT,
@@ -17,6 +18,7 @@ from pipeline.data.builtin.emoji import (
     EmojiSource,
     base_name,
     held_out_names,
+    installed_names,
     load_emoji,
     read_names,
     tone_of,
@@ -116,13 +118,20 @@ def test_a_missing_font_says_how_to_install_it(tmp_path):
 
 
 @installed
-def test_missing_names_say_how_to_install_them(tmp_path):
-    import importlib.util
-
-    if importlib.util.find_spec("emoji"):
-        pytest.skip("the package emoji supplies the names")
+def test_missing_names_say_how_to_install_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(emoji, "ANNOTATIONS", str(tmp_path))
+    monkeypatch.setattr(emoji, "names_of_package", dict)
     with pytest.raises(FileNotFoundError, match="unicode-cldr-core"):
-        load_emoji(64, None, str(tmp_path))
+        load_emoji(64, None, None)
+
+
+def test_names_that_are_not_where_they_are_asked_for_are_one_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no names in annotations/en\.xml; give the"):
+        installed_names(str(tmp_path))
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/en.xml").write_text("<ldml>")
+    with pytest.raises(ValueError, match=r"en\.xml is no XML .*; replace it by a whole copy"):
+        installed_names(str(tmp_path))
 
 
 @installed

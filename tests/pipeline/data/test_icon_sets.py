@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.data.builtin.icon_sets import key_index, key_of, name_of_slug, read_set
+from pipeline.data.builtin.icon_sets import key_index, key_of, key_of_slug, name_of_slug, read_set
 from pipeline.data.builtin.svg import render
 from tests.helpers.icons import body, write_set
 
@@ -321,3 +321,62 @@ def test_a_corrupted_set_is_one_clear_error(tmp_path, text, reason):
 def test_an_empty_folder_says_what_a_set_is(tmp_path):
     with pytest.raises(FileNotFoundError, match="give an Iconify JSON file, a folder with icons"):
         read_set(tmp_path, {})
+
+
+def test_names_of_other_scripts_are_compared_by_their_own_letters(tmp_path):
+    index = key_index({"1f436": "狗", "1f3e0": "家"})
+    assert key_of_slug("家", index) == "1f3e0"
+    assert key_of_slug("树", index) is None
+    assert key_of_slug("...", index | {"": "1f436"}) is None
+
+
+@pytest.mark.parametrize(
+    ("slug", "key"),
+    [
+        ("\u2764\ufe0f", "2764"),
+        ("\U0001f469\U0001f3fd\u200d\U0001f373", "1f469-1f3fd-200d-1f373"),
+        ("1\ufe0f\u20e3", "31-20e3"),
+        ("7", None),
+        ("", None),
+    ],
+)
+def test_a_drawing_may_be_named_by_its_emoji(slug, key):
+    assert key_of_slug(slug, {}) == key
+
+
+def test_code_points_that_each_font_uses_as_it_likes_join_nothing(tmp_path):
+    icons = {"music": body("red"), "cook": body("blue")}
+    path = write_set(tmp_path, "font", icons, {"f001": "music", "f002": "cook"})
+    found = read_set(path, key_index(NAMES))
+    assert found.own_names == {"music": "music", "1f9d1-200d-1f373": "cook"}
+
+
+def test_what_lies_beside_svgs_and_is_not_read_is_named(tmp_path):
+    drawing = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">{body("red")}</svg>'
+    (tmp_path / "more").mkdir()
+    for name in ("cup.svg", "cup.SVG", "dog.svgz", "more/cat.svg"):
+        (tmp_path / name).write_text(drawing)
+    (tmp_path / "tea.svg").write_bytes(drawing.encode("utf-16"))
+    found = read_set(tmp_path, {})
+    assert len(found.drawings) == 1
+    wanted = (
+        "1 files, such as dog.svgz",
+        "SVGs in 1 folders, such as more/",
+        "another file has its",
+    )
+    for words in (*wanted, "tea.svg is left out: it is no UTF-8 (byte 0); save it as UTF-8"):
+        assert any(words in problem for problem in found.problems), words
+
+
+def test_an_icon_with_half_a_letter_is_left_out_and_others_are_kept(tmp_path):
+    icons = {"cook": body("red"), "pot": "<g>\ud800</g>", "\ud800": body("red")}
+    found = read_set(write_set(tmp_path, "some", icons), {})
+    assert list(found.own_names.values()) == ["cook"]
+    assert len([one for one in found.problems if "is left out: 'utf-8' codec" in one]) == 2
+
+
+def test_a_file_that_is_no_json_is_told_what_a_set_is(tmp_path):
+    path = tmp_path / "heart.svg"
+    path.write_text("<svg/>")
+    with pytest.raises(ValueError, match="is no Iconify JSON file; give one, or a folder of"):
+        read_set(path, {})

@@ -11,15 +11,18 @@ import pytest
 from pipeline.config.builtin import IconOptions
 from pipeline.config.data import DataConfig, data_settings
 from pipeline.config.experiment import to_dict
-from pipeline.data.builtin import icons
+from pipeline.data.builtin import emoji, icons
 from pipeline.data.builtin.icon_split import Cell, cell_of
 from pipeline.data.builtin.icons import captions_of_icon, load_icons, locate_set, reported
+from pipeline.data.builtin.svg_process import Renderers, TooSlow
 from pipeline.data.load import load_sources
 from pipeline.data.readers import images
 from tests.helpers.icons import body, write_names, write_set, write_styles
 
 
 def config(folder, sets, **more) -> DataConfig:
+    if not (folder / "names").is_dir():
+        write_names(folder / "names", {"\U0001f9ff": "nazar amulet"})
     own = IconOptions(folder=str(folder), sets=sets, annotations=str(folder / "names"))
     return DataConfig(source="icons", image_size=16, icons=own, **more)
 
@@ -39,8 +42,9 @@ def test_names_are_those_of_the_cldr_and_else_of_the_first_set(two_styles):
 def test_without_english_names_icons_are_called_as_in_their_sets_and_that_is_said(
     two_styles, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(icons, "names_of_package", dict)
-    two_styles.icons.annotations = str(tmp_path / "none")
+    monkeypatch.setattr(emoji, "names_of_package", dict)
+    monkeypatch.setattr(emoji, "ANNOTATIONS", str(tmp_path / "none"))
+    two_styles.icons.annotations = None
     train, _ = load_sources(two_styles)
     assert {icon.key: icon.name for icon in train.everything}["1f400"] == "thing 0"
     assert any("no English names of emoji are installed" in line for line in train.problems)
@@ -169,11 +173,11 @@ def test_that_transparency_is_laid_on_a_background_is_said_once(two_styles, monk
     assert caplog.text.count("transparency, which is laid on #102030; data.alpha=keep") == 1
 
 
-@pytest.mark.parametrize("changed", ["RENDER_VERSION", "_renderer"])
+@pytest.mark.parametrize("changed", ["RENDER_VERSION", "version"])
 def test_images_of_another_renderer_are_not_read_again(two_styles, monkeypatch, caplog, changed):
     load_sources(two_styles)
     load_icons.cache_clear()
-    monkeypatch.setattr(icons, changed, 99 if changed == "RENDER_VERSION" else lambda: "99.0")
+    monkeypatch.setattr(icons, changed, 99 if changed == "RENDER_VERSION" else lambda _: "99.0")
     caplog.set_level(logging.INFO)
     load_sources(two_styles)
     assert caplog.text.count("rendering 40 icons") == 2
@@ -293,3 +297,41 @@ def test_without_the_renderer_the_error_says_what_to_install(two_styles, monkeyp
     monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'mini-dalle\[icons\]'"):
         load_sources(two_styles)
+
+
+def test_a_drawing_that_took_too_long_is_tried_again_by_the_next_run(two_styles, monkeypatch):
+    render = Renderers.render
+
+    def slow_once(self: Renderers, svg: str) -> np.ndarray:
+        monkeypatch.setattr(Renderers, "render", render)
+        raise TooSlow("it took more than 20 s")
+
+    monkeypatch.setattr(Renderers, "render", slow_once)
+    two_styles.workers = 1
+    before, _ = load_sources(two_styles)
+    load_icons.cache_clear()
+    after, _ = load_sources(two_styles)
+    assert len(after.everything) == len(before.everything) + 1
+
+
+def test_names_in_a_script_of_no_latin_letters_are_not_joined(tmp_path):
+    write_set(tmp_path, "first", {"狗": body("red"), "树": body("blue")})
+    write_set(tmp_path, "second", {"家": body("green"), "树": body("grey")})
+    names = str(write_names(tmp_path / "names", {"\U0001f400": "rat"}))
+    found, _ = load_icons(str(tmp_path), ("first", "second"), names, 16, 1)
+    assert sorted(icon.name for icon in found if icon.style == "second") == ["家", "树"]
+
+
+def test_why_nothing_can_be_drawn_is_said_and_not_how_names_are_joined(tmp_path):
+    write_set(tmp_path, "mine", {"cup": "<text>no</text>"})
+    with pytest.raises(ValueError, match="that can be rendered \\(mine: the drawing of cup"):
+        load_sources(config(tmp_path, ["mine"]))
+
+
+def test_an_entry_that_begins_with_a_dot_is_a_path(two_styles, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert icons.locate_set(tmp_path / "sets", "./style0") == tmp_path / "style0"
+    with pytest.raises(FileNotFoundError):
+        icons.locate_set(tmp_path, "./style9")
+    monkeypatch.chdir(tmp_path / "style0")
+    assert icons.locate_set(tmp_path, ".") == tmp_path / "style0"

@@ -13,6 +13,7 @@ from PIL import Image
 from pipeline.config.builtin import ShapesOptions
 from pipeline.config.data import DataConfig, FilterOptions
 from pipeline.data.load import load_source
+from pipeline.data.source import more_held_out
 from tests.helpers.data import config
 
 
@@ -258,3 +259,13 @@ def test_configuration_errors_are_all_named():
 def test_an_error_of_icons_advises_no_setting_that_icons_ignore():
     assert more_held_out("icons", 0.05) == "add drawings of other names"
     assert "raise data.val_fraction (now 0.05)" in more_held_out("emoji", 0.05)
+
+
+def test_a_folder_of_svgs_and_an_iconify_file_are_told_which_source_reads_them(tmp_path):
+    (tmp_path / "drawings").mkdir()
+    (tmp_path / "drawings/cup.svg").write_text("<svg/>")
+    with pytest.raises(ValueError, match="a folder of SVGs is read by data"):
+        load_source(config(tmp_path / "drawings"), "train")
+    (tmp_path / "set.json").write_text('{"prefix": "mine", "icons": {}}')
+    with pytest.raises(ValueError, match=r"set data\.source=icons and data\.icons\.sets=\["):
+        load_source(config(tmp_path / "set.json"), "train")

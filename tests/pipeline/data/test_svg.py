@@ -227,3 +227,18 @@ def test_a_drawing_that_unfolds_without_bound_is_refused_at_once():
     with pytest.raises(UnusableSvg, match=f"more than {MAX_SHAPES:,} shapes"):
         check_svg(svg(body))
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        'viewBox="0 0 240 100" width="24"',
+        'viewBox="0 0 240 100" height="24"',
+        'viewBox="0 0 240 100" width="auto" height="24"',
+        'viewBox="0 0 240 100" width="" height=""',
+    ],
+)
+def test_a_side_that_is_not_given_follows_from_the_view_box(size):
+    space = 'xmlns="http://www.w3.org/2000/svg"'
+    drawn = render(f'<svg {space} {size}><rect width="240" height="100"/></svg>', 48)
+    assert drawn[..., 3].any(0).sum() == 48 and drawn[..., 3].any(1).sum() == 20

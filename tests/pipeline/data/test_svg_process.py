@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.data.builtin import svg_process
 from pipeline.data.builtin.svg import UnusableSvg, check_svg, render
-from pipeline.data.builtin.svg_process import Renderers
+from pipeline.data.builtin.svg_process import Renderers, TooSlow
 
 
 def svg(body: str) -> str:
@@ -63,10 +63,9 @@ def test_a_drawing_that_crashes_the_renderer_is_left_out_and_others_are_drawn():
 def test_a_drawing_that_takes_too_long_is_left_out_and_others_are_drawn(monkeypatch):
     slow = masks_that_multiply()
     check_svg(slow)
+    monkeypatch.setattr(svg_process, "SECONDS", 1.0)
     with Renderers(16) as renderers:
-        renderers.render(SQUARE)
-        monkeypatch.setattr(svg_process, "SECONDS", 1.0)
-        with pytest.raises(UnusableSvg, match="it took more than 1 s"):
+        with pytest.raises(TooSlow, match="it took more than 1 s"):
             renderers.render(slow)
         monkeypatch.undo()
         assert renderers.render(SQUARE).any()
@@ -77,5 +76,28 @@ def test_all_processes_end_with_the_context():
     before = {one.pid for one in own.children()}
     with Renderers(16) as renderers:
         renderers.render(SQUARE)
-        assert {one.pid for one in own.children()} > before
-    assert {one.pid for one in own.children()} == before
+        assert {one.pid for one in own.children()} - before
+    assert not {one.pid for one in own.children()} - before
+
+
+def test_a_process_that_was_ended_from_outside_costs_no_drawing():
+    with Renderers(16) as renderers:
+        renderers.render(SQUARE)
+        renderers._all[0].kill()
+        renderers._all[0].wait()
+        assert renderers.render(SQUARE).any()
+
+
+def test_a_crash_leaves_no_process_and_no_pipe():
+    with Renderers(16) as renderers:
+        with pytest.raises(UnusableSvg):
+            renderers.render(nested_by_a_style_sheet())
+        assert renderers._all == []
+
+
+def test_a_renderer_that_cannot_start_is_no_fault_of_the_drawing(tmp_path, monkeypatch):
+    (tmp_path / "resvg_py.py").write_text("raise ImportError('made for another machine')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    reason = r"renderer of drawings cannot start \(made for another machine\)"
+    with Renderers(16) as renderers, pytest.raises(RuntimeError, match=reason):
+        renderers.render(SQUARE)

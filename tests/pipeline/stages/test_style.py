@@ -24,6 +24,7 @@ from pipeline.stages.prior import stream_config
 from pipeline.stages.run import prompts_and_licences
 from pipeline.stages.style import (
     DRAWINGS,
+    _terms_of,
     known_styles,
     read_drawings,
     style_experiment,
@@ -178,6 +179,17 @@ def test_drawings_of_an_iconify_file_keep_its_licence(bundle, tmp_path, caplog):
         _, licences = with_new_style(bundle, experiment.data)
         assert [one["licence"] for one in licences] == ["Apache-2.0", expected]
         assert ("states no licence" in caplog.text) == (expected is None)
+
+
+def test_a_folder_of_other_images_states_its_licence_and_needs_no_renderer(tmp_path, monkeypatch):
+    folder = tmp_path / "ink"
+    folder.mkdir()
+    for i in range(6):
+        Image.new("RGBA", (8, 8), (40 * i, 0, 0, 255)).save(folder / f"thing-{i}.png")
+    (folder / "info.json").write_text(json.dumps({"license": {"spdx": "MIT"}}))
+    monkeypatch.setattr("pipeline.data.builtin.svg.importlib.util.find_spec", lambda _: None)
+    assert len(read_drawings(folder, 16)) == 6
+    assert _terms_of(folder, "ink")["licence"] == "MIT"
 
 
 @pytest.fixture
