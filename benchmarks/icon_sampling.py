@@ -18,8 +18,9 @@ import itertools
 from pipeline import TextToImagePipeline
 from pipeline.config.data import DataConfig
 from pipeline.config.load import from_dict
+from pipeline.data.builtin.icon_captions import styled_captions
 from pipeline.data.builtin.icon_split import without_tones
-from pipeline.data.builtin.icons import Icon, IconSource, reported, styled_captions
+from pipeline.data.builtin.icons import Icon, IconSource, reported
 from pipeline.evaluation.accuracy import Accuracy
 from pipeline.evaluation.icons import judged, some
 from pipeline.evaluation.metrics import stacked

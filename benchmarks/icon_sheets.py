@@ -23,7 +23,8 @@ from PIL import Image
 from pipeline import TextToImagePipeline
 from pipeline.config.data import DataConfig
 from pipeline.config.load import from_dict
-from pipeline.data.builtin.icons import Icon, reported, styled_captions
+from pipeline.data.builtin.icon_captions import styled_captions
+from pipeline.data.builtin.icons import Icon, reported
 from pipeline.data.readers.transparency import composed
 from pipeline.evaluation.icons import some
 from pipeline.runtime.atomic_io import atomic_write_png

@@ -20,8 +20,9 @@ import numpy as np
 
 import pipeline
 from pipeline import TextToImagePipeline
+from pipeline.data.builtin.icon_captions import styled_captions
 from pipeline.data.builtin.icon_sets import IconSet, key_index, read_set
-from pipeline.data.builtin.icons import Icon, emoji_names, load_icons, locate_set, styled_captions
+from pipeline.data.builtin.icons import Icon, emoji_names, load_icons, locate_set
 from pipeline.data.readers.transparency import composed
 from pipeline.evaluation.accuracy import Accuracy
 from pipeline.evaluation.icons import judged, some

@@ -26,8 +26,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pipeline.config.experiment import Experiment
+from pipeline.data.builtin.icon_captions import styled_captions
 from pipeline.data.builtin.icon_split import base_of, tone_of, without_tones
-from pipeline.data.builtin.icons import Icon, IconSource, by_hash, reported, styled_captions
+from pipeline.data.builtin.icons import Icon, IconSource, by_hash, reported
 from pipeline.data.readers.transparency import composed
 from pipeline.evaluation.accuracy import Accuracy
 from pipeline.evaluation.emoji import squared_errors

@@ -109,7 +109,8 @@ class BasePipeline:
             return push_bundle(bundle, name, private=private, revision=revision, token=token)
 
     def text_ids(self, prompts: Sequence[str], truncate: bool = False) -> Tensor:
-        """Prompts (B) as ids (B,T).
+        """Prompts (B) as ids (B,T). Those of icons are read in the words of training, where their
+        name and style are known (`KnownPrompts.as_trained`).
 
         Raises:
             ValueError: a prompt is too long (unless `truncate`), or empty where the prior was
@@ -121,6 +122,8 @@ class BasePipeline:
                 "an empty prompt needs a prior trained with caption dropout, and this one was not; "
                 "give a prompt"
             )
+        if self.known_prompts:
+            prompts = [self.known_prompts.as_trained(prompt) for prompt in prompts]
         return self.text.encode(prompts, truncate=truncate)
 
     def _warn_of(self, prompts: Sequence[str]) -> None:

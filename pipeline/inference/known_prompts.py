@@ -1,5 +1,5 @@
-"""The styles and names that a bundle of icons was trained on, and what a prompt asks beyond them.
-Knows words; samples nothing."""
+"""The styles and names that a bundle of icons was trained on: what a prompt asks beyond them, and a
+prompt in the words of training. Knows words; samples nothing."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import heapq
 import json
 import logging
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.config.json_file import read_json
+from pipeline.data.builtin.icon_captions import styled_captions
 from stage1_tokenizer.file_checks import check_file
 
 _log = logging.getLogger(__name__)
@@ -24,15 +27,24 @@ _SHOWN = 3
 """Names that a message shows."""
 _MAX_LETTERS = 100
 """Of a prompt that are compared with names."""
-_STYLE_OF = re.compile(r"(?P<name>.+?),?(?: drawn)? in the style of (?:the )?(?P<style>[^,]+)")
-"""Of any style."""
-_STYLE = re.compile(
-    r"(?P<name>.+?)(?:,|(?: drawn)? in| with) (?:(?:the|an?) )?(?P<style>[^,]+?) style"
+_STYLE_OF = re.compile(
+    r"(?P<name>.+?),?(?: drawn)?(?: in)?(?: the)? style of (?:the )?(?P<style>[^,]+?)(?: style)?"
 )
-"""Of a style that was not trained."""
-_BEFORE_STYLE = re.compile(r"(?:,|,?(?: drawn)? in|,? with)(?: (?:the|an?))?$")
+_SEPARATOR = re.compile(r", (?:in )?|(?: drawn)? in | with ")
 """What stands between a name and its style."""
-_ARTICLE = re.compile(r"^(?:the|an?)\s+")
+_BEFORE_STYLE = re.compile(r"(?:,|,?(?: drawn)? in|,? with)(?: (?:the|an?))?$")
+_ARTICLE = re.compile(r"^(?:the|an?)(?:\s+|$)")
+_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
+
+
+class _Reading(NamedTuple):
+    """One way to read a prompt. Both parts are as `_plain` writes them."""
+
+    name: str
+    style: str | None
+    """None where the prompt leaves it open."""
+    told: bool
+    """Whether the words say that it is a style."""
 
 
 @dataclass(frozen=True)
@@ -44,61 +56,87 @@ class KnownPrompts:
     names: tuple[str, ...]
     """Names that a set has, held-out ones too. Without any, names are not checked."""
 
+    def as_trained(self, prompt: str) -> str:
+        """A prompt in the words that training read, where its name and its style are known: other
+        words that mean the same are drawn worse. Any other prompt stays as it is."""
+        plain = _plain(prompt)
+        if not plain:
+            return prompt
+        name, style, _ = self._read(plain)
+        name = self._names.get(_ARTICLE.sub("", name), self._names.get(name, ""))
+        if not name or (style is not None and style not in self._styles):
+            return prompt
+        if style is None:
+            return name
+        wordings = styled_captions(name, self._styles[style])
+        return prompt if prompt in wordings else wordings[0]
+
     def problems(self, prompt: str) -> list[str]:
-        """What no training saw of a prompt, one line each, with the nearest that exist. Prompts are
-        read as captions of icons are worded; without a style, every style may be drawn."""
-        text = " ".join(prompt.casefold().split()).rstrip(".!")
+        """What no training saw of a prompt, one line each, with the nearest that exist. Without a
+        style, every style may be drawn."""
+        text = _plain(prompt)
         if not text:
             return []
         lines = []
-        name, style = self._parts(text)
+        name, style, _ = self._read(text)
         if style is not None and style not in self._styles:
             pairs = _letter_pairs(style)
-            nearest = sorted(
-                self.styles, key=lambda s: -_likeness(pairs, _letter_pairs(s.casefold()))
-            )
+            nearest = sorted(self.styles, key=lambda s: -_likeness(pairs, _letter_pairs(_plain(s))))
             lines.append(
                 f"the style {style[:_MAX_LETTERS]!r} was not trained, and some other is drawn; "
                 f"trained styles, the nearest first: {', '.join(nearest)}"
             )
+        elif style is not None and not self._is_name(name):
+            inner = self._read(name)
+            if inner.style in self._styles and self._is_name(inner.name):
+                two = " and ".join(repr(self._styles[one]) for one in (inner.style, style))
+                return [f"the prompt names the styles {two}, and one image has one; name one"]
         if line := self._name_problem(name):
             lines.append(line)
         return lines
 
-    def _parts(self, text: str) -> tuple[str, str | None]:
+    def _read(self, text: str) -> _Reading:
         """The name and the style that a prompt asks for."""
-        if self._is_name(text):
-            return text, None
+        return max(self._readings(text), key=self._fit)  # of those that fit alike, the first
+
+    def _fit(self, one: _Reading) -> int:
+        """How much of a reading is known."""
+        if self._is_name(one.name):
+            return 4 if one.style is None or one.style in self._styles else 3
+        return 2 if one.style in self._styles else int(one.told)
+
+    def _readings(self, text: str) -> Iterator[_Reading]:
+        """Ways to read a prompt: as captions of icons are worded, and as people word it."""
+        yield _Reading(text, None, told=False)
         if found := _STYLE_OF.fullmatch(text):
-            return found["name"], found["style"]
+            yield _Reading(found["name"], found["style"], told=True)
+        bare = _ARTICLE.sub("", text)
         for style in self._styles:
-            for ending in (f" {style} style", f" {style}-style", f" {style}"):
-                if text.endswith(ending):
-                    name = text.removesuffix(ending)
-                    return _BEFORE_STYLE.sub("", name), style
-        if found := _STYLE.fullmatch(text):
-            return found["name"], found["style"]
-        rest, _, last = text.rpartition(", ")
-        return (rest, last) if self._is_name(rest) else (text, None)  # "red heart, pixel"
+            for words in (f"{style} style", style):
+                if text.endswith(f" {words}"):
+                    name = _BEFORE_STYLE.sub("", text.removesuffix(f" {words}"))
+                    yield _Reading(name, style, told=False)
+                if bare.startswith(f"{words} "):
+                    yield _Reading(bare.removeprefix(f"{words} "), style, told=False)
+        for place in reversed(list(_SEPARATOR.finditer(text))):  # names have such words, too
+            name, rest = text[: place.start()], _ARTICLE.sub("", text[place.end() :])
+            style = rest.removesuffix(" style")
+            if "," not in style and (style != rest or "," in place[0]):
+                yield _Reading(name, style, told=style != rest)
 
     def _is_name(self, text: str) -> bool:
         """Whether a text is a name, with an article or without."""
-        return text in self._names or _ARTICLE.sub("", text, count=1) in self._names
+        return text in self._names or _ARTICLE.sub("", text) in self._names
 
     def _name_problem(self, name: str) -> str | None:
         """A line where no set has a name."""
-        name = name[:_MAX_LETTERS]
-        bare = _ARTICLE.sub("", name, count=1)
-        without_style = [
-            bare.removeprefix(before)
-            for style in self._styles
-            for before in (f"{style} style ", f"{style}-style ", f"{style} ")
-            if bare.startswith(before)
-        ]
-        spellings = [name, bare, *without_style]
-        if not self.names or any(one in self._names for one in spellings):
+        plain = _ARTICLE.sub("", name)[:_MAX_LETTERS]
+        if not plain or not self.names or self._is_name(name):
             return None
-        plain = min(spellings, key=len)
+        if not any(letter.isalnum() for letter in plain):
+            return (
+                f"no icon is named {plain!r}; write its name in words; the image may show anything"
+            )
         pairs = _letter_pairs(plain)
         nearest = heapq.nlargest(
             _SHOWN, self._names, key=lambda one: _likeness(pairs, self._pairs[one])
@@ -108,18 +146,27 @@ class KnownPrompts:
         return f"no icon is named {plain!r}; {hint}the image may show anything"
 
     @cached_property
-    def _styles(self) -> list[str]:
+    def _styles(self) -> dict[str, str]:
         """Styles by how they are compared; one that ends in another comes before it."""
-        return sorted({style.casefold() for style in self.styles}, key=lambda s: (-len(s), s))
+        plain = {_plain(style): style for style in self.styles}
+        return dict(sorted(plain.items(), key=lambda pair: (-len(pair[0]), pair[0])))
 
     @cached_property
     def _names(self) -> dict[str, str]:
         """Names by how they are compared."""
-        return {" ".join(name.casefold().split()): name for name in self.names}
+        return {_plain(name): name for name in self.names}
 
     @cached_property
     def _pairs(self) -> dict[str, frozenset[str]]:
         return {name: _letter_pairs(name) for name in self._names}
+
+
+def _plain(text: str) -> str:
+    """A text as prompts, names and styles are compared: small letters, plain quotes, hyphens as
+    spaces, and one space after a comma."""
+    plain = unicodedata.normalize("NFC", text).casefold().translate(_QUOTES)
+    plain = re.sub(r"[\s_-]+", " ", plain)
+    return re.sub(r" *, *", ", ", plain).strip(" .!,")
 
 
 def _letter_pairs(text: str) -> frozenset[str]:

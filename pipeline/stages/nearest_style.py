@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.builtin.icons import styled_captions
+from pipeline.data.builtin.icon_captions import styled_captions
 from pipeline.inference.pipeline import TextToImagePipeline
 from stage1_tokenizer.pixels import image_array
 from stage1_tokenizer.transparency import on_background

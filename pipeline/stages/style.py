@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.config.data import DataConfig
 from pipeline.config.experiment import Experiment
 from pipeline.config.load import load_values
+from pipeline.data.builtin.icon_captions import styled_captions
 from pipeline.data.builtin.icon_sets import (
     STYLES,
     key_index,
@@ -27,7 +28,7 @@ from pipeline.data.builtin.icon_sets import (
     read_terms,
     svg_text,
 )
-from pipeline.data.builtin.icons import emoji_names, styled_captions
+from pipeline.data.builtin.icons import emoji_names
 from pipeline.data.builtin.svg import UnusableSvg
 from pipeline.data.builtin.svg_process import Renderers
 from pipeline.data.load import find_rows

@@ -24,6 +24,7 @@ import numpy as np
 
 from pipeline.config.data import DataConfig
 from pipeline.data.builtin.emoji import installed_names
+from pipeline.data.builtin.icon_captions import captions_of_icon
 from pipeline.data.builtin.icon_sets import (
     IconSet,
     key_index,
@@ -222,23 +223,6 @@ def _kept(path: Path) -> tuple[dict[str, np.ndarray], list[str]] | None:
     except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
         _log.info("%s is damaged (%s); its icons are rendered again", path, error)
         return None
-
-
-def styled_captions(name: str, style: str) -> list[str]:
-    """Wordings of one drawing that name its style. The first is the one that metrics ask for."""
-    article = "an" if name[:1].lower() in "aeiou" else "a"
-    return [
-        f"{name}, {style} style",
-        f"{article} {name}, {style} style",
-        f"{style} {name}",
-        f"{article} {name} in {style} style",
-    ]
-
-
-def captions_of_icon(name: str, style: str) -> list[str]:
-    """Wordings of one drawing, each as often as training reads it: the name alone, which leaves the
-    style open, is one in 33."""
-    return [*styled_captions(name, style) * 8, name]
 
 
 class IconSource(Source):

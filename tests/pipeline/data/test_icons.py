@@ -12,8 +12,9 @@ from pipeline.config.builtin import IconOptions
 from pipeline.config.data import DataConfig, data_settings
 from pipeline.config.experiment import to_dict
 from pipeline.data.builtin import emoji, icons
+from pipeline.data.builtin.icon_captions import captions_of_icon
 from pipeline.data.builtin.icon_split import Cell, cell_of
-from pipeline.data.builtin.icons import captions_of_icon, load_icons, locate_set, reported
+from pipeline.data.builtin.icons import load_icons, locate_set, reported
 from pipeline.data.builtin.svg_process import Renderers, TooSlow
 from pipeline.data.load import load_sources
 from pipeline.data.readers import images

@@ -9,8 +9,9 @@ import pytest
 
 from pipeline.config.builtin import IconOptions
 from pipeline.config.data import DataConfig
+from pipeline.data.builtin.icon_captions import styled_captions
 from pipeline.data.builtin.icon_split import cell_of
-from pipeline.data.builtin.icons import Icon, IconSource, styled_captions
+from pipeline.data.builtin.icons import Icon, IconSource
 from pipeline.data.readers.transparency import composed
 from pipeline.evaluation import icons
 from pipeline.evaluation.evaluate import held_out_source

@@ -6,6 +6,7 @@ import json
 import warnings
 
 import pytest
+import torch
 
 from pipeline.cli.main import main
 from pipeline.inference.known_prompts import FILE, MAX_BYTES, KnownPrompts, as_json
@@ -41,6 +42,12 @@ KNOWN = KnownPrompts(
         "a red heart drawn in noto style",
         "red heart noto",
         "a red heart in noto",
+        "red heart,noto style",
+        "red heart , noto style",
+        "red-heart, noto-style!",
+        "red heart, style of noto",
+        "red heart in the style of noto style",
+        "the noto style",
         "",
     ],
 )
@@ -77,7 +84,7 @@ def test_of_styles_that_end_alike_the_longest_is_meant():
 def test_a_name_may_end_as_a_style_is_called():
     known = KnownPrompts(("ink",), ("bottle of ink", "bottle"))
     assert known.problems("a bottle of ink") == []
-    assert known._parts("a bottle of ink, ink style") == ("a bottle of ink", "ink")
+    assert known.as_trained("a bottle of ink, ink style!") == "bottle of ink, ink style"
 
 
 def test_a_name_that_no_set_has_is_named_with_the_nearest():
@@ -160,3 +167,58 @@ def test_too_many_names_are_left_out():
     names = tuple(f"name {number} of very many" for number in range(20_000))
     content = as_json(KnownPrompts(("noto",), names))
     assert json.loads(content) == {"styles": ["noto"], "names": []}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("red heart, noto style", "red heart, noto style"),
+        ("a red heart in noto style", "a red heart in noto style"),
+        ("noto red heart", "noto red heart"),
+        ("a red heart in the style of noto", "red heart, noto style"),
+        ("THE red-heart drawn in noto style.", "red heart, noto style"),
+        ("a button (blood type) , blob", "A button (blood type), blob style"),
+        ("a red heart", "red heart"),
+        ("a red heart, pixel style", "a red heart, pixel style"),
+        ("two red hearts, noto style", "two red hearts, noto style"),
+        ("noto style", "noto style"),
+        ("", ""),
+    ],
+)
+def test_prompts_are_read_in_the_words_of_training(prompt, read):
+    assert KNOWN.as_trained(prompt) == read
+
+
+def test_a_pipeline_reads_prompts_in_the_words_of_training():
+    pipe = tiny_icons_pipeline(KNOWN)
+    ids = pipe.text_ids(["The  red heart drawn in noto style!", "a dragon"])
+    assert torch.equal(ids, pipe.text.encode(["red heart, noto style", "a dragon"]))
+
+
+def test_a_style_behind_a_name_that_has_such_words_is_found():
+    known = KnownPrompts(("noto",), ("person in suit", "face with sunglasses", "face"))
+    for prompt in ("a person in suit in pixel style", "face with sunglasses in pixel style"):
+        (line,) = known.problems(prompt)
+        assert line.startswith("the style 'pixel' was not trained")
+    assert known.as_trained("face with sunglasses with noto style") == (
+        "face with sunglasses, noto style"
+    )
+
+
+def test_quotes_and_accents_may_be_typed_in_any_way():
+    known = KnownPrompts(("noto",), ("woman\u2019s hat", "pi\u00f1ata"))
+    assert known.as_trained("woman's hat, noto style") == "woman\u2019s hat, noto style"
+    assert known.as_trained("pin\u0303ata") == "pi\u00f1ata"
+
+
+def test_an_emoji_as_a_prompt_is_asked_for_in_words():
+    (line,) = KNOWN.problems("\u2764\ufe0f, noto style")
+    assert "write its name in words" in line
+
+
+@pytest.mark.parametrize(
+    "prompt", ["noto red heart, blob style", "a red heart, noto style, blob style"]
+)
+def test_two_styles_in_one_prompt_are_one_line(prompt):
+    (line,) = KNOWN.problems(prompt)
+    assert line.startswith("the prompt names the styles 'noto' and 'blob'")
