@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from pipeline.inference.bundle import Bundle, write_bundle
+from pipeline.inference.bundle import Bundle, Card, write_bundle
 from pipeline.inference.hub import push_bundle
 from pipeline.inference.known_prompts import KnownPrompts
 from stage1_tokenizer import TokenizerModule
@@ -42,6 +42,7 @@ class BasePipeline:
         defaults: sampling options where a call gives none.
         trained_on: the bundle's description of its data.
         known_prompts: styles and names of icons, by which prompts are checked.
+        card: the model card that was read with the parts.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class BasePipeline:
         defaults: SamplingOptions | None = None,
         trained_on: dict[str, Any] | None = None,
         known_prompts: KnownPrompts | None = None,
+        card: Card | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.prior = prior
@@ -59,6 +61,7 @@ class BasePipeline:
         self.defaults = defaults or SamplingOptions()
         self.trained_on = trained_on or {}
         self.known_prompts = known_prompts
+        self.card = card
 
     @property
     def reads_prompts(self) -> bool:
@@ -74,7 +77,7 @@ class BasePipeline:
     def save_pretrained(
         self, folder: str | Path, *, dtype: Literal["fp32", "bf16"] = "fp32"
     ) -> None:
-        """Writes the bundle, whole or not at all.
+        """Writes the bundle, whole or not at all. A card that came with the parts is kept.
 
         Args:
             dtype: bf16 halves its size. Weights are rounded to 8 bits of precision, and loaded in
@@ -89,6 +92,7 @@ class BasePipeline:
                 self.defaults,
                 self.trained_on,
                 self.known_prompts,
+                self.card,
             ),
             dtype,
         )

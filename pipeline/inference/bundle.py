@@ -20,14 +20,32 @@ from pipeline.inference.model_card import FILE as CARD
 from pipeline.inference.model_card import model_card, with_metrics
 from pipeline.runtime.atomic_io import atomic_write_dir, atomic_write_text, sha256_of
 from stage1_tokenizer import TokenizerModule
-from stage1_tokenizer.file_checks import build_config, check_file, check_folder, check_part
+from stage1_tokenizer.file_checks import (
+    UnsafeFile,
+    build_config,
+    check_file,
+    check_folder,
+    check_part,
+)
 from stage1_tokenizer.quantizers import GaussianQuantizer
 from stage2_prior import LatentPriorModule, PriorModule, SamplingOptions, TextTokenizer, VampPrior
 from stage2_prior.text_checks import MAX_TOKENIZER_BYTES
 
 FORMAT = 1
+_PARTS = ("tokenizer", "prior", "text_tokenizer")
+_MAX_CARD_BYTES = 2**22
+"""Of a model card, and of each image beside it."""
 _Model = TypeVar("_Model", TokenizerModule, PriorModule | LatentPriorModule)
 _LATENT = LatentPriorModule.config_class.model_type
+
+
+class Card(NamedTuple):
+    """A model card as it was read."""
+
+    fingerprints: dict[str, str]
+    """Of the parts that it describes."""
+    files: dict[str, bytes]
+    """The card, and the images beside it."""
 
 
 class Bundle(NamedTuple):
@@ -40,6 +58,8 @@ class Bundle(NamedTuple):
     trained_on: dict[str, Any]
     known_prompts: KnownPrompts | None = None
     """Styles and names of icons."""
+    card: Card | None = None
+    """Kept while the parts are those that it describes; else a new one is written."""
 
 
 def write_bundle(folder: Path, bundle: Bundle, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
@@ -74,7 +94,11 @@ def write_bundle(folder: Path, bundle: Bundle, dtype: Literal["fp32", "bf16"] = 
             "trained_on": bundle.trained_on,
         }
         (beside / "pipeline.json").write_text(json.dumps(description, indent=2) + "\n")
-        (beside / CARD).write_text(_card(bundle, description), encoding="utf-8")
+        card = {CARD: _card(bundle, description).encode()}
+        if bundle.card and bundle.card.fingerprints == fingerprints_of(description):
+            card = bundle.card.files
+        for name, content in card.items():
+            (beside / name).write_bytes(content)
 
     atomic_write_dir(folder, write)
 
@@ -102,6 +126,23 @@ def _card(bundle: Bundle, description: Mapping[str, Any]) -> str:
     return model_card(description, bundle.known_prompts, parts)
 
 
+def fingerprints_of(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Fingerprints by part, of a bundle's description."""
+    return {part: description.get(f"{part}_fingerprint") for part in _PARTS}
+
+
+def _read_card(folder: Path, fingerprints: dict[str, str]) -> Card | None:
+    """The card with its images; None where there is none, or one that is not safe to copy."""
+    files = {}
+    try:
+        for path in (folder / CARD, *sorted(folder.glob("*.png"))):
+            check_file(path, _MAX_CARD_BYTES)
+            files[path.name] = path.read_bytes()
+    except (OSError, UnsafeFile):
+        return None
+    return Card(fingerprints, files)
+
+
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -116,7 +157,7 @@ def read_bundle(folder: Path) -> Bundle:
     """
     description = read_description(folder)
     check_folder(folder)
-    for part in ("tokenizer", "prior", "text_tokenizer"):
+    for part in _PARTS:
         if not (folder / part).is_dir():
             raise ValueError(f"the bundle {folder} has no {part}/; copy the bundle again")
         check_part(folder, part)
@@ -143,6 +184,7 @@ def read_bundle(folder: Path) -> Bundle:
         build_config(SamplingOptions, description["sampling"], folder / "pipeline.json"),
         description["trained_on"],
         read_known_prompts(folder),
+        _read_card(folder, fingerprints),
     )
 
 

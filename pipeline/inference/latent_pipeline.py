@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.inference.base import BasePipeline, check_at_least_one, checked_prompts, image_seed
+from pipeline.inference.bundle import Card
 from pipeline.inference.known_prompts import KnownPrompts
 from pipeline.inference.likelihood import LikelihoodMixin
 from pipeline.inference.output import TextToImageOutput
@@ -54,6 +55,7 @@ class LatentPipeline(LikelihoodMixin, BasePipeline):
         defaults: sampling options where a call gives none, of which `temperature` is read.
         trained_on: the bundle's description of its data.
         known_prompts: styles and names of icons, by which prompts are checked.
+        card: the model card that was read with the parts.
 
     Raises:
         ValueError: there are codes, or the prior is one of other latents, or of another vocabulary.
@@ -69,8 +71,9 @@ class LatentPipeline(LikelihoodMixin, BasePipeline):
         defaults: SamplingOptions | None = None,
         trained_on: dict[str, Any] | None = None,
         known_prompts: KnownPrompts | None = None,
+        card: Card | None = None,
     ) -> None:
-        super().__init__(tokenizer, prior, text, defaults, trained_on, known_prompts)
+        super().__init__(tokenizer, prior, text, defaults, trained_on, known_prompts, card)
         if tokenizer.latent_dim != prior.latent_features:
             raise ValueError(
                 f"the tokenizer has {tokenizer.latent_dim} latent dimensions per image (0 where it "

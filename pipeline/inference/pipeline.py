@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.inference.base import check_at_least_one, checked_prompts, image_seed
 from pipeline.inference.batching import Compile
+from pipeline.inference.bundle import Card
 from pipeline.inference.editing import EditPlan, warn_if_trivial
 from pipeline.inference.hub import load_bundle
 from pipeline.inference.known_prompts import KnownPrompts
@@ -48,6 +49,7 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
         defaults: sampling options where a call gives none.
         trained_on: the bundle's description of its data.
         known_prompts: styles and names of icons, by which prompts are checked.
+        card: the model card that was read with the parts.
 
     Raises:
         ValueError: there are no codes, or the prior models others, or another vocabulary.
@@ -61,9 +63,10 @@ class TextToImagePipeline(LikelihoodMixin, PlanningPipeline):
         defaults: SamplingOptions | None = None,
         trained_on: dict[str, Any] | None = None,
         known_prompts: KnownPrompts | None = None,
+        card: Card | None = None,
     ) -> None:
         tokenizer.require_codes("TextToImagePipeline")
-        super().__init__(tokenizer, prior, text, defaults, trained_on, known_prompts)
+        super().__init__(tokenizer, prior, text, defaults, trained_on, known_prompts, card)
         self._compile: Compile = "auto"
         stream = prior.stream.config
         own = [(tuple(level.grid), level.num_codes) for level in tokenizer.layout]

@@ -74,7 +74,7 @@ class ApiError(Exception):
 
 _OWN_NAMES = {"num_inference_steps": "steps"}
 """Options of the pipeline by the fields of requests, where they have other names."""
-_FIELDS = ("steps", "guidance_scale", "temperature", "top_k", "top_p", "min_p", "image", "mask")
+_FIELDS = ("steps", "guidance_scale", "best_of", "image", "mask")
 """That messages of the pipeline may begin with."""
 
 

@@ -38,7 +38,7 @@ from pipeline.serving.schemas import (
     VariationFields,
 )
 from pipeline.serving.settings import ServerSettings
-from stage1_tokenizer.pixels import image_array
+from stage1_tokenizer.pixels import image_array, pil_image
 from stage2_prior import Samples, joined_samples
 
 _log = logging.getLogger(__name__)
@@ -180,6 +180,13 @@ class ImageService:
             return await self.in_thread(self.pipe.text_ids, [prompt])
         except ValueError as error:
             raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
+
+    async def check_length(self, candidates: list[str]) -> None:
+        """Raises ApiError where a caption has more tokens than the bundle reads."""
+        try:
+            await self.in_thread(self.pipe.text.encode, candidates)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="candidates", code="invalid_value") from error
 
     def log_prompt(self, request_id: str, prompt: str | list[str]) -> None:
         """Writes a prompt, or several, into the log, where the server was asked to."""
@@ -426,7 +433,7 @@ class ImageService:
         cell = [pixels.shape[axis] // level.grid[axis] for axis in (0, 1)]
         shown = there.repeat(cell[0], axis=0).repeat(cell[1], axis=1)
         pixels[~shown] = 0 if self.has_alpha else _GREY
-        drawn = work.finish([Image.fromarray(pixels)])[0]
+        drawn = work.finish([pil_image(pixels)])[0]
         return encoded(
             drawn, work.format, work.fields.background, None, work.fields.output_compression
         )

@@ -84,9 +84,9 @@ export class Form {
   /** All fields of a request for images. */
   generation() {
     const fields = { prompt: this.prompt, ...this.options() };
-    const best = byId("best_of");
-    if (!best.closest("[hidden]") && Number(best.value) > 1) {
-      fields.best_of = Number(best.value);
+    const best = Number(byId("best_of").value);
+    if (best > 1) {
+      fields.best_of = best;
       fields.judge = byId("judge").value;
     }
     return fields;

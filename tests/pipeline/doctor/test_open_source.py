@@ -10,7 +10,7 @@ from tests.helpers.icons import body, write_names, write_set, write_styles
 
 
 def test_icons_are_looked_at_with_their_transparency_and_what_was_left_out(tmp_path):
-    write_names(tmp_path / "names", {})
+    write_names(tmp_path / "names", {"\U0001f9ff": "nazar amulet"})
     sets = write_styles(tmp_path)
     write_set(tmp_path, "bare", {"a": body("red"), "b": "<script/>"}, licence=None)
     options = IconOptions(
@@ -25,7 +25,7 @@ def test_icons_are_looked_at_with_their_transparency_and_what_was_left_out(tmp_p
 
 
 def test_repeats_of_a_drawing_are_no_rows_of_their_own(tmp_path):
-    write_names(tmp_path / "names", {})
+    write_names(tmp_path / "names", {"\U0001f9ff": "nazar amulet"})
     sets = write_styles(tmp_path)
     labels = []
     for repeats in (1, 3):

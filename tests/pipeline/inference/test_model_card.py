@@ -8,11 +8,15 @@ import shlex
 import shutil
 
 import pytest
+import torch
+from PIL import Image
 
 import pipeline
 from pipeline.inference.bundle import add_metrics
 from pipeline.inference.known_prompts import KnownPrompts
-from tests.helpers.icons import write_styles
+from pipeline.inference.model_card import FILE
+from pipeline.inference.pipeline import TextToImagePipeline
+from tests.helpers.icons import write_names, write_styles
 from tests.helpers.pipelines import tiny_icons_pipeline, tiny_pipeline
 
 KNOWN = KnownPrompts(("blob", "noto"), ("red heart", "red star"))
@@ -132,12 +136,13 @@ def icons_run(finished_run, tmp_path):
     path, folder = finished_run
     shutil.copytree(folder, tmp_path / "runs" / "tiny")
     sets = write_styles(tmp_path / "sets")
+    names = {"\U0001f9ff": "nazar amulet"}
     options = {
         "output_dir": str(tmp_path / "runs"),
         "data.source": "icons",
         "data.icons.folder": str(tmp_path / "sets"),
         "data.icons.sets": json.dumps(sets),
-        "data.icons.annotations": str(tmp_path),
+        "data.icons.annotations": str(write_names(tmp_path / "names", names)),
     }
     settings = [part for name, value in options.items() for part in (f"--{name}", value)]
     return pipeline.load_experiment(["--config", str(path), *settings])
@@ -162,3 +167,20 @@ def test_evaluating_a_run_writes_the_metrics_into_its_card(finished_run, tmp_pat
     assert "on 4 held-out images" in (bundle / "README.md").read_text()
     pipeline.assemble_bundle(experiment)  # as `run` again does
     assert "on 4 held-out images" in (bundle / "README.md").read_text()
+
+
+def test_a_card_is_kept_with_its_images_while_the_weights_are_the_same(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "first")
+    with (tmp_path / "first" / FILE).open("a") as file:
+        file.write("\n![Samples](samples.png)\n")
+    Image.new("RGB", (4, 4)).save(tmp_path / "first" / "samples.png")
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "first")
+    pipe.save_pretrained(tmp_path / "same")
+    for name in (FILE, "samples.png"):
+        first = (tmp_path / "first" / name).read_bytes()
+        assert (tmp_path / "same" / name).read_bytes() == first
+    with torch.no_grad():
+        pipe.prior.text_embedding.weight.add_(1)
+    pipe.save_pretrained(tmp_path / "other")
+    assert "samples.png" not in (tmp_path / "other" / FILE).read_text()
+    assert not (tmp_path / "other" / "samples.png").exists()

@@ -14,7 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.serving.sampler import Preview
+from pipeline.serving.schemas import GenerationRequest
 from stage1_tokenizer.pixels import image_array
+from tests.helpers.pipelines import tiny_icons_pipeline
 from tests.helpers.serving import client_of, events_of, image_of, png_of, serving_pipeline, tiny_app
 
 URL = "/v1/images/generations"
@@ -172,39 +175,37 @@ def test_a_stream_has_previews_and_the_image(client, pipe):
     assert names[-1] == "image_generation.completed" and names.count(names[-1]) == 2
     done = {data["image_index"]: data["codes"] for name, data in found if name == names[-1]}
     assert [done[0], done[1]] == offline(pipe, num_images_per_prompt=2, seed=7)
-    assert "image_generation.partial_image" in names
     assert images_counted(client) == before + 2
     for name, data in found:
         assert data["type"] == name and image_of(data).size == (16, 16)
 
 
-def test_a_preview_shows_the_codes_so_far_and_grey(pipe):
+def preview_of(pipe, num_known: int) -> np.ndarray:
     """By the service itself: a client may be too slow to see all previews."""
-    from pipeline.serving.images import Complete, Partial
-    from pipeline.serving.schemas import GenerationRequest
+    service = tiny_app(pipe).state.service
+    length = pipe.prior.stream.image_length
+    codes = torch.arange(length) % 4
+    try:
+        work = asyncio.run(service.generation(GenerationRequest(**HEART)))
+        update = Preview(image=0, codes=codes, known=torch.arange(length) < num_known)
+        return np.asarray(image_of_bytes(service._preview(work, update)))
+    finally:
+        service.close()
 
-    app = tiny_app(pipe)
-    with client_of(pipe):
-        pass
-    service = app.state.service
 
-    async def run():
-        fields = GenerationRequest(**HEART, stream=True, preview_every=4)
-        work = await service.generation(fields)
-        job = service.start(work)
-        return [one async for one in service.images(work, job, service.deadline())]
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_preview_shows_the_codes_so_far_and_grey(pipe, rows):
+    grey = (preview_of(pipe, 4 * rows) == 128).all(-1).all(axis=1)
+    assert grey.tolist() == [False] * 4 * rows + [True] * (16 - 4 * rows)
 
-    found = asyncio.run(run())
-    service.close()
-    complete = image_array(image_of_bytes(found[-1].content))
-    assert isinstance(found[-1], Complete) and all(isinstance(one, Partial) for one in found[:-1])
-    assert [one.number for one in found[:-1]] == list(range(len(found) - 1))
-    for one in found[:-1]:
-        shown = image_array(image_of_bytes(one.content))
-        grey = (shown == 128).all(-1)
-        rows = grey.all(axis=1)
-        assert rows[-4:].all() and not rows[:4].any()
-    assert not (complete == 128).all(-1).all(axis=1).any()
+
+def test_a_preview_with_transparency_has_the_colours_of_the_image():
+    """Colours are premultiplied in the model, and straight in files."""
+    pipe = tiny_icons_pipeline()
+    shown = preview_of(pipe, pipe.prior.stream.image_length)
+    codes = torch.arange(pipe.prior.stream.image_length) % 4
+    image = pipe.tokenizer.to_images(pipe.in_layout(codes[None]))[0]
+    assert np.array_equal(shown, np.asarray(image))
 
 
 def image_of_bytes(content):
