@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -10,6 +12,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", choices=("cuda", "cpu"), default="cuda", help="where tests marked gpu run"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Servers of the tests listen at the loopback, which no proxy reaches.
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = "127.0.0.1,localhost"
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE")
+_VARIABLES = (
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_HUB_CACHE",
+    "HF_ENDPOINT",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+)
 
 
 def run_counted(commands: list[list[str]], home: Path, **environment: str) -> list[dict[str, Any]]:
     """Runs commands one after another in one process with an empty cache of the Hub; of each, its
     exit `status`, what it wrote as `error`, and the names and addresses that it `asked` for."""
-    kept = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
+    kept = {name: value for name, value in os.environ.items() if name.upper() not in _VARIABLES}
     done = subprocess.run(
         [sys.executable, "-m", "tests.helpers.connections"],
         input=json.dumps(commands),

@@ -75,8 +75,10 @@ def served(pipe: TextToImagePipeline, tokens: tuple[str, ...] = ()) -> Iterator[
     service = ImageService(pipe, sampler, ServerSettings(slots=4), "tiny")
     app = create_app(service, Metrics(), tokens=tokens)
     with running(app) as url:
-        yield Served(url, pipe, gate)
-        gate.open()
+        try:
+            yield Served(url, pipe, gate)
+        finally:
+            gate.open()
 
 
 def options(page: Any, **values: Any) -> None:

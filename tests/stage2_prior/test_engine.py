@@ -154,6 +154,7 @@ def test_known_codes_of_both_kinds_are_read_where_they_join_at_one_step():
     finished = []
     while engine.num_active or engine.num_waiting:
         finished += engine.step()
+    assert sorted(one.ticket for one in finished) == sorted(requests)
     for one in finished:
         assert_exact(prior, requests[one.ticket], one)
         assert_same(one, alone(prior, requests[one.ticket]))
@@ -182,6 +183,7 @@ def test_compiled_steps_sample_the_same_codes(prior):
     assert all(compiled.advance(shape) is not None for shape in shapes)
     while engine.num_active or engine.num_waiting:
         finished += engine.step()
+    assert sorted(one.ticket for one in finished) == sorted(requests)
     for one in finished:
         assert_same(one, alone(prior, requests[one.ticket]))
     assert len(finished) == 6
@@ -274,6 +276,7 @@ def test_images_of_several_codes_per_step_are_together_as_far_as_the_bound_allow
         finished += engine.step()
         active.append(engine.num_active)
     assert max(active) == 2
+    assert sorted(one.ticket for one in finished) == sorted(tickets)
     for one in finished:
         assert_same(one, alone(prior, tickets[one.ticket]))
     monkeypatch.setattr(stage2_prior.engine, "_MOST_TOKENS", 10)

@@ -18,7 +18,15 @@ from pipeline.serving.sampler import Preview
 from pipeline.serving.schemas import GenerationRequest
 from stage1_tokenizer.pixels import image_array
 from tests.helpers.pipelines import tiny_icons_pipeline
-from tests.helpers.serving import client_of, events_of, image_of, png_of, serving_pipeline, tiny_app
+from tests.helpers.serving import (
+    client_of,
+    events_of,
+    image_of,
+    png_of,
+    serving_pipeline,
+    tiny_app,
+    wait_until,
+)
 
 URL = "/v1/images/generations"
 EDITS = "/v1/images/edits"
@@ -305,7 +313,7 @@ def test_many_requests_under_load_give_the_codes_of_offline_calls(any_order, cou
     gone = set(draw.sample(range(count), count // 5))
     waits = [draw.random() * count / 100 for _ in asked]
     pipe = serving_pipeline(any_order=any_order)
-    app = tiny_app(pipe, max_waiting=1000)
+    app = tiny_app(pipe, max_waiting=1000, timeout=600)
     image = Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3))
     mask = Image.new("L", (16, 16), 0)
     mask.paste(255, (0, 0, 8, 16))
@@ -340,6 +348,8 @@ def test_many_requests_under_load_give_the_codes_of_offline_calls(any_order, cou
         ):
             calls = (one(client, number) for number in range(count))
             found = await asyncio.gather(*calls, return_exceptions=True)
+            sampler = app.state.service.sampler  # which may be about to cancel the last ones
+            await asyncio.to_thread(wait_until, lambda: not sampler.num_pending)
             metrics = (await client.get("/metrics")).text
             return found, metrics
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -12,6 +11,7 @@ import pytest
 
 from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.serving import middleware, own_routes
+from pipeline.serving.sampler import Sampler
 from pipeline.serving.schemas import GenerationRequest
 from stage2_prior import Engine
 from tests.helpers.serving import (
@@ -21,6 +21,7 @@ from tests.helpers.serving import (
     running,
     serving_pipeline,
     tiny_app,
+    wait_until,
 )
 
 URL = "/v1/images/generations"
@@ -42,8 +43,7 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(pipe, monkeypatch):
             target=lambda: first.append(client.post(URL, json=HEART | {"n": 2}))
         )
         asking.start()
-        while sampler.num_pending < 2:
-            time.sleep(0.001)
+        wait_until(lambda: sampler.num_pending == 2)
         full = client.post(URL, json=HEART)
         gate.open.set()
         asking.join()
@@ -63,9 +63,7 @@ def test_images_that_take_too_long_are_504_and_cancelled(pipe, monkeypatch):
         gate.open.set()
         in_any_case.cancel()
         sampler = client.app.state.service.sampler
-        deadline = time.monotonic() + 60
-        while sampler.num_pending and time.monotonic() < deadline:
-            time.sleep(0.001)
+        wait_until(lambda: not sampler.num_pending)
         metrics = client.get("/metrics").text
     assert late.status_code == 504 and late.json()["error"]["code"] == "timeout"
     # One step may be under way.
@@ -87,14 +85,17 @@ def test_a_request_that_is_planned_too_slowly_is_504(pipe, monkeypatch, stream):
 
 def test_a_stream_whose_client_reads_late_ends_with_an_error(pipe, monkeypatch):
     gate = StepGate(monkeypatch)
-    service = tiny_app(pipe, timeout=0.2).state.service
+    service = tiny_app(pipe, timeout=600).state.service
 
     async def run():
+        loop = asyncio.get_running_loop()
+        plain = loop.time
         work = await service.generation(GenerationRequest(**HEART, n=2, stream=True))
         images = service.images(work, service.start(work), service.deadline())
         gate.open.set()
         await anext(images)
-        await asyncio.sleep(0.5)  # the reader is held up beyond the deadline, and not ended
+        # The reader is held up beyond the deadline, and not ended.
+        monkeypatch.setattr(loop, "time", lambda: plain() + 601)
         with pytest.raises(TimeoutError):
             await anext(images)
 
@@ -123,8 +124,7 @@ def test_requests_that_are_being_planned_fill_the_queue(pipe, monkeypatch):
         assert planning.wait(30)
         first.append(pool.submit(client.post, URL, json=HEART))
         sampler = client.app.state.service.sampler
-        while sampler.num_pending < 2 and not held.is_set():
-            time.sleep(0.001)
+        wait_until(lambda: sampler.num_pending == 2 or held.is_set())
         full = client.post(URL, json=HEART)
         held.set()
         in_any_case.cancel()
@@ -162,8 +162,7 @@ def test_an_image_is_not_read_where_there_is_no_room(pipe, monkeypatch):
             target=client.post, args=(URL,), kwargs={"json": HEART | {"n": 2}}
         )
         asking.start()
-        while sampler.num_pending < 2:
-            time.sleep(0.001)
+        wait_until(lambda: sampler.num_pending == 2)
         files = {"image": b"no image"}
         full = client.post("/v1/images/variations", files=files, data={"prompt": "a red heart"})
         gate.open.set()
@@ -209,25 +208,29 @@ def test_requests_that_sample_nothing_wait_in_a_bounded_queue_and_for_a_limited_
 def test_a_client_that_leaves_frees_its_place(pipe, monkeypatch, stream):
     """Its images are cancelled long before they are complete."""
     plain = Engine.step
+    cancel = Sampler.cancel
+    cancelled = threading.Event()
     taken = []
 
-    def slow(engine):
-        time.sleep(0.05)
+    def waiting_in_the_fourth(engine):
         taken.append(engine.num_active)
+        if len(taken) == 4:
+            cancelled.wait(120)
         return plain(engine)
 
-    monkeypatch.setattr(Engine, "step", slow)
+    def told(sampler, job):
+        cancel(sampler, job)
+        cancelled.set()
+
+    monkeypatch.setattr(Engine, "step", waiting_in_the_fourth)
+    monkeypatch.setattr(Sampler, "cancel", told)
     app = tiny_app(pipe, num_rows=2)
     sampler = app.state.service.sampler
     with running(app) as address:
         with connected(address, URL, HEART | {"n": 16, "stream": stream}):
-            while not sampler.num_pending:
-                time.sleep(0.001)
-        deadline = time.monotonic() + 60
-        while sampler.num_pending and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert sampler.num_pending == 0
-    assert len(taken) < 64  # of 128 that 16 images take, two at a time
+            wait_until(lambda: len(taken) == 4)
+        wait_until(lambda: not sampler.num_pending)
+    assert len(taken) <= 5  # of 128 that 16 images take, two at a time
 
 
 def test_a_client_that_reads_nothing_of_its_stream_frees_its_place(pipe, monkeypatch, caplog):
@@ -241,13 +244,10 @@ def test_a_client_that_reads_nothing_of_its_stream_frees_its_place(pipe, monkeyp
         running(app, send_buffer=4096) as address,
         connected(address, URL, HEART | {"n": 200, "stream": True}),
     ):
-        while not sampler.num_pending:
-            time.sleep(0.001)
+        wait_until(lambda: sampler.num_pending > 0)
         gate.open.set()
         other = httpx.post(f"{address}{URL}", json=HEART, timeout=60)
-        deadline = time.monotonic() + 60
-        while f"POST {URL} 499" not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: f"POST {URL} 499" in caplog.text)
         assert sampler.num_pending == 0
     assert other.status_code == 200
     assert f"POST {URL} 499" in caplog.text and "Traceback" not in caplog.text

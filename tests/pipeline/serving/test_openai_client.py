@@ -71,7 +71,7 @@ def test_fields_that_clients_of_openai_send(client, pipe):
 def test_generate_with_urls(client):
     found = client.images.generate(prompt="a red heart", response_format="url")
     headers = {"Authorization": "Bearer secret"}
-    content = httpx.get(found.data[0].url, headers=headers).content
+    content = httpx.get(found.data[0].url, headers=headers, timeout=120).content
     assert Image.open(io.BytesIO(content)).size == (16, 16)
 
 

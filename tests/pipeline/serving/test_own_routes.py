@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -58,22 +59,32 @@ def test_many_captions_are_judged_in_parts_and_returned_in_one_order(
     assert [one["log_likelihood"] for one in found] == pytest.approx(values, abs=1e-4)
 
 
+async def _running_loop():
+    return asyncio.get_running_loop()
+
+
 def test_captions_of_a_request_that_is_given_up_end_with_their_part(pipe, content, monkeypatch):
     asked = []
     judged = TextToImagePipeline.caption
-    late = threading.Event()
+    answered = threading.Event()
 
     def caption(self, image, candidates, **options):
         asked.append(candidates)
-        late.wait(20)
+        # The request's time is over.
+        (loop,) = loops
+        plain = loop.time
+        loop.time = lambda: plain() + 601
+        loop.call_soon_threadsafe(lambda: None)
+        answered.wait(120)
         return judged(self, image, candidates, **options)
 
     monkeypatch.setattr(TextToImagePipeline, "caption", caption)
     monkeypatch.setattr(pipeline.serving.own_routes, "CAPTIONS_AT_A_TIME", 1)
-    with client_of(pipe, timeout=0.2) as client:
+    with client_of(pipe, timeout=600) as client:
+        loops = [client.portal.call(_running_loop)]
         body = {"image": content, "candidates": ["a red heart", "a blue star"]}
         answer = client.post("/v1/captions", json=body)
-        late.set()
+        answered.set()
     assert answer.status_code == 504 and asked == [["a red heart"]]
 
 
@@ -124,12 +135,13 @@ def test_a_model_says_what_it_can_do(client):
     )
 
 
-def test_health_and_metrics(client):
-    assert client.get("/healthz").json() == {"status": "ok"}
-    assert "minidalle_slots 4.0" in client.get("/metrics").text
-    assert client.get("/readyz").json() == {"status": "ready"}
-    client.post("/v1/images/generations", json={"prompt": "a red heart", "n": 2})
-    text = client.get("/metrics").text
+def test_health_and_metrics(pipe):
+    with client_of(pipe) as client:
+        assert client.get("/healthz").json() == {"status": "ok"}
+        assert "minidalle_slots 4.0" in client.get("/metrics").text
+        assert client.get("/readyz").json() == {"status": "ready"}
+        client.post("/v1/images/generations", json={"prompt": "a red heart", "n": 2})
+        text = client.get("/metrics").text
     route = 'path="/v1/images/generations"'
     assert f'minidalle_requests_total{{method="POST",{route},status="200"}} 1.0' in text
     for name in ("minidalle_images_total 2.0", "minidalle_codes_total 32.0"):

@@ -20,7 +20,7 @@ from pipeline.serving.sampler import (
     ShuttingDown,
 )
 from stage2_prior import CompiledSteps, Engine, SamplingOptions
-from tests.helpers.serving import StepGate, client_of, serving_pipeline
+from tests.helpers.serving import StepGate, client_of, serving_pipeline, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -104,29 +104,13 @@ def test_a_cancelled_job_frees_its_place(pipe, monkeypatch):
         first = sampler.submit(plan(pipe, n=2))
         sampler.cancel(first)
         gate.open.set()
-        while sampler.num_pending:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, lambda: not sampler.num_pending)
         found = codes_of(await all_of(sampler.submit(plan(pipe, 4, n=2))))
         sampler.close()
         return found
 
     expected = pipe("a red heart", num_images_per_prompt=2, seed=4)
     assert asyncio.run(run()) == expected.codes.flatten(1).tolist()
-
-
-def test_previews_hold_the_codes_so_far(pipe):
-    async def run():
-        sampler = Sampler(pipe.prior, num_rows=2)
-        updates = await all_of(sampler.submit(plan(pipe), preview_every=4))
-        sampler.close()
-        return updates
-
-    *previews, last = asyncio.run(run())
-    for one in previews:
-        assert isinstance(one, Preview)
-        count = int(one.known.sum())
-        assert count in (4, 8, 12)
-        assert one.codes[:count].tolist() == last.samples.codes[0, :count].tolist()
 
 
 def failing_once(monkeypatch, error):
@@ -147,12 +131,13 @@ def failing_once(monkeypatch, error):
 @pytest.mark.parametrize(("rows", "left"), [(8, 4), (3, 2)])
 def test_short_memory_halves_the_rows_and_loses_nothing(pipe, monkeypatch, caplog, rows, left):
     failed = failing_once(monkeypatch, torch.OutOfMemoryError("no memory"))
+    gate = StepGate(monkeypatch)
 
     async def run():
         sampler = Sampler(pipe.prior, num_rows=rows)
-        found = await asyncio.gather(
-            *(all_of(sampler.submit(plan(pipe, seed, n=2))) for seed in range(3))
-        )
+        jobs = [sampler.submit(plan(pipe, seed, n=2)) for seed in range(3)]
+        gate.open.set()
+        found = await asyncio.gather(*map(all_of, jobs))
         await all_of(sampler.submit(plan(pipe)))  # after it was idle
         later = sampler._engine.num_rows
         sampler.close()
@@ -250,15 +235,18 @@ def test_a_table_that_did_not_fit_is_freed_before_the_next_one_is_made(pipe, mon
         made.close()
         return freed
 
-    assert all(asyncio.run(run()))
+    freed = asyncio.run(run())
+    assert freed and all(freed)
 
 
 def test_an_error_of_a_step_fails_its_jobs_alone(pipe, monkeypatch, caplog):
     failing_once(monkeypatch, RuntimeError("broken"))
+    gate = StepGate(monkeypatch)
 
     async def run():
         sampler = Sampler(pipe.prior, num_rows=8)
         failed = [sampler.submit(plan(pipe, seed, n=2)) for seed in range(2)]
+        gate.open.set()
         for job in failed:
             with pytest.raises(SamplingFailed, match="see the server's log") as failure:
                 await all_of(job)

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -19,7 +18,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.serving.server import listen
 from pipeline.serving.settings import ServerSettings
-from tests.helpers.serving import connected, free_port, serving_pipeline
+from tests.helpers.serving import connected, free_port, serving_pipeline, wait_until
 
 ROOT = Path(__file__).parents[3]
 
@@ -48,13 +47,27 @@ class Serving:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
         self.address = f"http://127.0.0.1:{port}"
-        while f"serving tiny at {self.address}\n" not in self.log.read_text():
+        self.wait_for(lambda: f"serving tiny at {self.address}\n" in self.log.read_text())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+
+    def wait_for(self, condition):
+        def ready():
             assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
+            return condition()
+
+        wait_until(ready)
+
+    def metrics(self):
+        return httpx.get(f"{self.address}/metrics", timeout=120).text
 
     def wait_until_sampling(self):
-        while "minidalle_codes_total 0.0" in httpx.get(f"{self.address}/metrics").text:
-            time.sleep(0.01)
+        self.wait_for(lambda: "minidalle_codes_total 0.0" not in self.metrics())
 
     def stop(self, number=signal.SIGTERM):
         self.process.send_signal(number)
@@ -63,64 +76,62 @@ class Serving:
 
 @pytest.mark.slow
 def test_a_server_answers_and_finishes_what_runs_after_a_signal(tmp_path, bundle):
-    serving = Serving(tmp_path, bundle, "--log-prompts")
-    results = []
+    with Serving(tmp_path, bundle, "--log-prompts") as serving:
+        results = []
 
-    def ask(seed):
-        body = {"prompt": "a red heart", "n": 8, "seed": seed}
-        url = f"{serving.address}/v1/images/generations"
-        results.append(httpx.post(url, json=body, timeout=120))
+        def ask(seed):
+            body = {"prompt": "a red heart", "n": 8, "seed": seed}
+            url = f"{serving.address}/v1/images/generations"
+            results.append(httpx.post(url, json=body, timeout=120))
 
-    assert httpx.get(f"{serving.address}/readyz").json() == {"status": "ready"}
-    asking = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
-    for one in asking:
-        one.start()
-    while serving.log.read_text().count(" prompt 'a red heart'") < 4:  # all are being sampled
-        assert serving.process.poll() is None
-        time.sleep(0.01)
-    status, rest = serving.stop()
-    for one in asking:
-        one.join()
-    assert status == 0 and "SIGTERM: finishing" in rest
-    assert [len(one.json()["data"]) for one in results] == [8] * 4
+        assert httpx.get(f"{serving.address}/readyz", timeout=120).json() == {"status": "ready"}
+        asking = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+        for one in asking:
+            one.start()
+        # All are being sampled.
+        serving.wait_for(lambda: serving.log.read_text().count(" prompt 'a red heart'") == 4)
+        status, rest = serving.stop()
+        for one in asking:
+            one.join()
+        assert status == 0 and "SIGTERM: finishing" in rest
+        assert [len(one.json()["data"]) for one in results] == [8] * 4
 
 
 @pytest.mark.slow
 def test_what_is_not_finished_in_time_gets_503(tmp_path, bundle):
-    serving = Serving(
+    with Serving(
         tmp_path, bundle, "--grace", "0.01", "--max-waiting", "2000", "--max-images", "1000"
-    )
-    results = []
+    ) as serving:
+        results = []
 
-    def ask():
-        body = {"prompt": "a red heart", "n": 1000}
-        url = f"{serving.address}/v1/images/generations"
-        results.append(httpx.post(url, json=body, timeout=120))
+        def ask():
+            body = {"prompt": "a red heart", "n": 1000}
+            url = f"{serving.address}/v1/images/generations"
+            results.append(httpx.post(url, json=body, timeout=120))
 
-    asking = threading.Thread(target=ask)
-    asking.start()
-    serving.wait_until_sampling()
-    status, _ = serving.stop(signal.SIGINT)
-    asking.join()
-    assert status == 0
-    assert results[0].status_code == 503
-    assert results[0].json()["error"]["code"] == "shutting_down"
+        asking = threading.Thread(target=ask)
+        asking.start()
+        serving.wait_until_sampling()
+        status, _ = serving.stop(signal.SIGINT)
+        asking.join()
+        assert status == 0
+        assert results[0].status_code == 503
+        assert results[0].json()["error"]["code"] == "shutting_down"
 
 
 @pytest.mark.slow
 def test_a_client_that_does_not_read_its_response_does_not_keep_the_server_from_ending(
     tmp_path, bundle
 ):
-    serving = Serving(
+    with Serving(
         tmp_path, bundle, "--grace", "1", "--max-waiting", "6000", "--max-images", "5000"
-    )
-    # More than the system's own buffers hold.
-    body = {"prompt": "a red heart", "n": 5000}
-    with connected(serving.address, "/v1/images/generations", body):
-        while "minidalle_images_total 5000.0" not in httpx.get(f"{serving.address}/metrics").text:
-            time.sleep(0.05)
-        status, log = serving.stop()
-    assert status == 0 and "timeout graceful shutdown exceeded" in log
+    ) as serving:
+        # More than the system's own buffers hold.
+        body = {"prompt": "a red heart", "n": 5000}
+        with connected(serving.address, "/v1/images/generations", body):
+            serving.wait_for(lambda: "minidalle_images_total 5000.0" in serving.metrics())
+            status, log = serving.stop()
+        assert status == 0 and "timeout graceful shutdown exceeded" in log
 
 
 def refused(capsys, *arguments):
@@ -200,7 +211,12 @@ def test_an_open_address_without_tokens_is_reported(bundle, caplog, monkeypatch)
     import pipeline.serving.server as server
 
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr(server._Server, "run", lambda self, sockets: sockets[0].close())
+
+    def run(self, sockets):
+        sockets[0].close()
+        self._service.close()
+
+    monkeypatch.setattr(server._Server, "run", run)
     server.serve(bundle, ServerSettings(host="0.0.0.0", port=free_port()))
     assert "0.0.0.0 can be reached from other machines" in caplog.text
 

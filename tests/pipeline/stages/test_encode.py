@@ -147,7 +147,7 @@ def test_kills_and_process_count_do_not_change_the_codes(
         env=worker_environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert (
         killed.returncode != 0

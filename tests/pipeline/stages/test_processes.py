@@ -147,7 +147,7 @@ sys.exit(status)
 """
 
 
-def ended(tmp_path: Path, script: str, *arguments: str, limit: int = 120) -> str:
+def ended(tmp_path: Path, script: str, *arguments: str, limit: int = 300) -> str:
     """What two processes of a script say that fail; one that hangs fails the test."""
     (tmp_path / "script.py").write_text(script)
     command = [*torchrun(2), "--", str(tmp_path / "script.py"), *arguments]

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -72,18 +72,21 @@ def test_a_process_holds_its_folder_until_it_is_killed(tiny_yaml):
         finally:
             os._exit(1)
     lock = experiment.folder / ".lock"
-    while not (lock.is_file() and lock.read_text().endswith("\n")):
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
-        time.sleep(0.01)
-    with (
-        pytest.raises(
-            ValueError, match=rf"is in use by process {pid} on {socket.gethostname()} since 20"
-        ),
-        run_lock(experiment.folder, 30),
-    ):
-        pytest.fail("it was not refused")
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    try:
+        while not (lock.is_file() and lock.read_text().endswith("\n")):
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+            time.sleep(0.01)
+        with (
+            pytest.raises(
+                ValueError, match=rf"is in use by process {pid} on {socket.gethostname()} since 20"
+            ),
+            run_lock(experiment.folder, 30),
+        ):
+            pytest.fail("it was not refused")
+    finally:
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     with run_lock(experiment.folder, 30):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
         with run_lock(experiment.folder, 30):  # the stages of a command come in after the command
