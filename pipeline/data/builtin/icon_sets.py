@@ -350,7 +350,7 @@ def _joined(
             if isinstance(slug, str) and slug in drawings:
                 key = _normal(points)
                 if _is_private(key):  # which each font uses as it likes
-                    key = key_of_slug(slug, known) or slug
+                    key = key_of_slug(slug, known) or f"{key}-{slug}"
                 slugs.setdefault(key, slug)
         if left_out := sorted(set(drawings) - set(slugs.values()) - others):
             problems.append(

@@ -348,7 +348,7 @@ def test_code_points_that_each_font_uses_as_it_likes_join_nothing(tmp_path):
     icons = {"music": body("red"), "cook": body("blue")}
     path = write_set(tmp_path, "font", icons, {"f001": "music", "f002": "cook"})
     found = read_set(path, key_index(NAMES))
-    assert found.own_names == {"music": "music", "1f9d1-200d-1f373": "cook"}
+    assert found.own_names == {"f001-music": "music", "1f9d1-200d-1f373": "cook"}
 
 
 def test_what_lies_beside_svgs_and_is_not_read_is_named(tmp_path):
