@@ -172,9 +172,9 @@ def _rows_of(config: DataConfig, require_captions: bool) -> Rows:
             else parquet_rows(config, files)
         )
     if path.is_dir():
-        endings = {file.suffix.lower() for file in files_below(path)}
-        if not endings & set(EXTENSIONS):
-            drawings = f"; {_DRAWINGS}" if ".svg" in endings else ""
+        if not any(file.suffix.lower() in EXTENSIONS for file in files_below(path)):
+            svgs = any(file.suffix.lower() == ".svg" for file in files_below(path))
+            drawings = f"; {_DRAWINGS}" if svgs else ""
             raise ValueError(
                 f"{path} holds 0 images and no captions, shards or Parquet; it holds "
                 f"{contents(path)}; {LAYOUTS}{drawings}"

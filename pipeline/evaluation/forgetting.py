@@ -97,10 +97,10 @@ def forgetting(
     for data, source in sources.items():
         count = min(images, len(source))
         if not count:
-            fraction = experiment.data.val_fraction
+            own = experiment.data if data == NEW else _old_data(old)
             raise ValueError(
                 f"no image of the {data} is held out, so there is nothing to judge on; "
-                + more_held_out(source.name, fraction)
+                + more_held_out(own.source, own.val_fraction)
             )
         for when, pipe in (("before", old), ("after", new)):
             metrics = _metrics(pipe, source, count, experiment.precision, with_psnr=other_codes)
@@ -112,11 +112,15 @@ def forgetting(
     return result
 
 
-def _old_source(old: TextToImagePipeline, experiment: Experiment) -> Source:
+def _old_data(old: TextToImagePipeline) -> DataConfig:
     try:
-        config = from_dict(DataConfig, old.trained_on["data"])
+        return from_dict(DataConfig, old.trained_on["data"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"the bundle does not describe them ({error!r})") from error
+
+
+def _old_source(old: TextToImagePipeline, experiment: Experiment) -> Source:
+    config = _old_data(old)
     with network_forbidden("the bundle"):
         return load_source(config, "held_out", experiment.folder / "data-before")
 

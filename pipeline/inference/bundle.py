@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -42,10 +43,11 @@ _LATENT = LatentPriorModule.config_class.model_type
 class Card(NamedTuple):
     """A model card as it was read."""
 
-    fingerprints: dict[str, str]
-    """Of the parts that it describes."""
+    description: dict[str, Any]
+    """What `pipeline.json` held then."""
+    known_prompts: KnownPrompts | None
     files: dict[str, bytes]
-    """The card, and the images beside it."""
+    """The card, and the images that it shows."""
 
 
 class Bundle(NamedTuple):
@@ -59,7 +61,7 @@ class Bundle(NamedTuple):
     known_prompts: KnownPrompts | None = None
     """Styles and names of icons."""
     card: Card | None = None
-    """Kept while the parts are those that it describes; else a new one is written."""
+    """Kept while the bundle is as it describes; else a new one is written."""
 
 
 def write_bundle(folder: Path, bundle: Bundle, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
@@ -95,7 +97,8 @@ def write_bundle(folder: Path, bundle: Bundle, dtype: Literal["fp32", "bf16"] = 
         }
         (beside / "pipeline.json").write_text(json.dumps(description, indent=2) + "\n")
         card = {CARD: _card(bundle, description).encode()}
-        if bundle.card and bundle.card.fingerprints == fingerprints_of(description):
+        same = (json.loads(json.dumps(description)), bundle.known_prompts)
+        if bundle.card and (bundle.card.description, bundle.card.known_prompts) == same:
             card = bundle.card.files
         for name, content in card.items():
             (beside / name).write_bytes(content)
@@ -126,21 +129,16 @@ def _card(bundle: Bundle, description: Mapping[str, Any]) -> str:
     return model_card(description, bundle.known_prompts, parts)
 
 
-def fingerprints_of(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Fingerprints by part, of a bundle's description."""
-    return {part: description.get(f"{part}_fingerprint") for part in _PARTS}
-
-
-def _read_card(folder: Path, fingerprints: dict[str, str]) -> Card | None:
-    """The card with its images; None where there is none, or one that is not safe to copy."""
-    files = {}
-    try:
-        for path in (folder / CARD, *sorted(folder.glob("*.png"))):
+def _card_files(folder: Path) -> dict[str, bytes]:
+    """The card and the images that it shows, but for what is not safe to read."""
+    files: dict[str, bytes] = {}
+    for path in (folder / CARD, *sorted(folder.glob("*.png"))):
+        if path.name != CARD and f"({path.name})".encode() not in files.get(CARD, b""):
+            continue
+        with suppress(OSError, UnsafeFile):
             check_file(path, _MAX_CARD_BYTES)
             files[path.name] = path.read_bytes()
-    except (OSError, UnsafeFile):
-        return None
-    return Card(fingerprints, files)
+    return files
 
 
 def _count(model: nn.Module) -> int:
@@ -177,14 +175,16 @@ def read_bundle(folder: Path) -> Bundle:
             )
     if isinstance(prior, LatentPriorModule):
         attach_encoder(prior, tokenizer)
+    known_prompts = read_known_prompts(folder)
+    files = _card_files(folder)
     return Bundle(
         tokenizer,
         prior,
         TextTokenizer.load(folder / "text_tokenizer"),
         build_config(SamplingOptions, description["sampling"], folder / "pipeline.json"),
         description["trained_on"],
-        read_known_prompts(folder),
-        _read_card(folder, fingerprints),
+        known_prompts,
+        Card(copy.deepcopy(description), known_prompts, files) if CARD in files else None,
     )
 
 

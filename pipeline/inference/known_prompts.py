@@ -25,6 +25,8 @@ MAX_BYTES = 2**18
 """Of the file; 4,500 names take half of it."""
 _SHOWN = 3
 """Names that a message shows."""
+_WHOLE = 4
+"""What `KnownPrompts._fit` says where the name and the style are known, or the style is open."""
 _MAX_LETTERS = 100
 """Of a prompt that are compared with names."""
 _STYLE_OF = re.compile(
@@ -60,16 +62,13 @@ class KnownPrompts:
         """A prompt in the words that training read, where its name and its style are known: other
         words that mean the same are drawn worse. Any other prompt stays as it is."""
         plain = _plain(prompt)
-        if not plain:
-            return prompt
-        name, style, _ = self._read(plain)
-        name = self._names.get(_ARTICLE.sub("", name), self._names.get(name, ""))
-        if not name or (style is not None and style not in self._styles):
-            return prompt
-        if style is None:
-            return name
-        wordings = styled_captions(name, self._styles[style])
-        return prompt if prompt in wordings else wordings[0]
+        for one in self._readings(plain):
+            if self._fit(one) == _WHOLE and prompt in self._captions(one):
+                return prompt
+        best = self._read(plain)
+        captions = self._captions(best) if self._fit(best) == _WHOLE else []
+        # Names that are spelled alike but for capitals have other captions.
+        return captions[0] if len(self._spellings(best.name)) == 1 and captions else prompt
 
     def problems(self, prompt: str) -> list[str]:
         """What no training saw of a prompt, one line each, with the nearest that exist. Without a
@@ -79,6 +78,13 @@ class KnownPrompts:
             return []
         lines = []
         name, style, _ = self._read(text)
+        if style in self._styles and not self._is_name(name):  # it may name another style, too
+            inner = self._read(name)
+            if inner.style is not None and self._is_name(inner.name):
+                if inner.style in self._styles:
+                    two = " and ".join(repr(self._styles[one]) for one in (inner.style, style))
+                    return [f"the prompt names the styles {two}, and one image has one; name one"]
+                name, style = inner.name, inner.style
         if style is not None and style not in self._styles:
             pairs = _letter_pairs(style)
             nearest = sorted(self.styles, key=lambda s: -_likeness(pairs, _letter_pairs(_plain(s))))
@@ -86,24 +92,37 @@ class KnownPrompts:
                 f"the style {style[:_MAX_LETTERS]!r} was not trained, and some other is drawn; "
                 f"trained styles, the nearest first: {', '.join(nearest)}"
             )
-        elif style is not None and not self._is_name(name):
-            inner = self._read(name)
-            if inner.style in self._styles and self._is_name(inner.name):
-                two = " and ".join(repr(self._styles[one]) for one in (inner.style, style))
-                return [f"the prompt names the styles {two}, and one image has one; name one"]
         if line := self._name_problem(name):
             lines.append(line)
         return lines
 
     def _read(self, text: str) -> _Reading:
         """The name and the style that a prompt asks for."""
-        return max(self._readings(text), key=self._fit)  # of those that fit alike, the first
+        best = max(self._readings(text), key=self._fit)  # of those that fit alike, the first
+        if best.style in self._styles and not self._is_name(best.name):
+            inner = max(self._readings(best.name), key=self._fit)
+            if inner.style == best.style and self._is_name(inner.name):  # the style twice
+                return inner
+        return best
 
     def _fit(self, one: _Reading) -> int:
         """How much of a reading is known."""
         if self._is_name(one.name):
-            return 4 if one.style is None or one.style in self._styles else 3
+            return _WHOLE if one.style is None or one.style in self._styles else 3
         return 2 if one.style in self._styles else int(one.told)
+
+    def _captions(self, one: _Reading) -> list[str]:
+        """What training reads for a name and a style that are known."""
+        names = self._spellings(one.name)
+        if one.style is None:
+            return names
+        style = self._styles[one.style]
+        return [caption for name in names for caption in styled_captions(name, style)]
+
+    def _spellings(self, name: str) -> list[str]:
+        """Names that are compared as this one is, with its article or, where there are none,
+        without."""
+        return self._names.get(name) or self._names.get(_ARTICLE.sub("", name), [])
 
     def _readings(self, text: str) -> Iterator[_Reading]:
         """Ways to read a prompt: as captions of icons are worded, and as people word it."""
@@ -126,7 +145,7 @@ class KnownPrompts:
 
     def _is_name(self, text: str) -> bool:
         """Whether a text is a name, with an article or without."""
-        return text in self._names or _ARTICLE.sub("", text) in self._names
+        return bool(self._spellings(text))
 
     def _name_problem(self, name: str) -> str | None:
         """A line where no set has a name."""
@@ -141,7 +160,7 @@ class KnownPrompts:
         nearest = heapq.nlargest(
             _SHOWN, self._names, key=lambda one: _likeness(pairs, self._pairs[one])
         )
-        shown = ", ".join(repr(self._names[one]) for one in nearest if pairs & self._pairs[one])
+        shown = ", ".join(repr(self._names[one][0]) for one in nearest if pairs & self._pairs[one])
         hint = f"the nearest names: {shown}; " if shown else ""
         return f"no icon is named {plain!r}; {hint}the image may show anything"
 
@@ -152,9 +171,12 @@ class KnownPrompts:
         return dict(sorted(plain.items(), key=lambda pair: (-len(pair[0]), pair[0])))
 
     @cached_property
-    def _names(self) -> dict[str, str]:
+    def _names(self) -> dict[str, list[str]]:
         """Names by how they are compared."""
-        return {_plain(name): name for name in self.names}
+        found: dict[str, list[str]] = {}
+        for name in self.names:
+            found.setdefault(_plain(name), []).append(name)
+        return found
 
     @cached_property
     def _pairs(self) -> dict[str, frozenset[str]]:

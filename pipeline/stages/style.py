@@ -26,7 +26,7 @@ from pipeline.data.builtin.icon_sets import (
     name_of_slug,
     read_set,
     read_terms,
-    svg_text,
+    utf8_text,
 )
 from pipeline.data.builtin.icons import emoji_names
 from pipeline.data.builtin.svg import UnusableSvg
@@ -241,14 +241,10 @@ def _of_svgs(folder: Path, renderers: Renderers, name_of: Callable[[str], str]) 
             continue
         caption = file.with_suffix(".txt")
         try:
-            svg = svg_text(read_file(file, MAX_TEXT_BYTES))
-            said = (
-                read_file(caption, MAX_TEXT_BYTES).decode("utf-8-sig") if caption.is_file() else ""
-            )
+            svg = utf8_text(read_file(file, MAX_TEXT_BYTES))
+            said = utf8_text(read_file(caption, MAX_TEXT_BYTES)) if caption.is_file() else ""
         except (OSError, ValueError) as error:
-            _log.warning(
-                "%s is left out (%s); replace it by a whole copy", printable(file.name), error
-            )
+            _log.warning("%s is left out (%s)", printable(file.name), error)
             continue
         content = _rendered(svg, renderers, printable(file.stem))
         if content is not None:

@@ -126,7 +126,7 @@ def read_set(path: Path, known: Mapping[str, str]) -> IconSet:
             )
             continue
         try:
-            drawings[file.stem] = svg_text(read_file(file, MAX_TEXT_BYTES))
+            drawings[file.stem] = utf8_text(read_file(file, MAX_TEXT_BYTES))
         except (OSError, ValueError) as error:
             problems.append(f"{printable(file.name)} is left out: {error}")
     chars = _beside(path / "icons.json", "chars.json", None)
@@ -134,8 +134,8 @@ def read_set(path: Path, known: Mapping[str, str]) -> IconSet:
     return _with_terms(joined, _beside(path / "icons.json", "info.json", None))
 
 
-def svg_text(content: bytes) -> str:
-    """The text of an SVG file. Raises ValueError where it is of another encoding than UTF-8."""
+def utf8_text(content: bytes) -> str:
+    """The text of an SVG or of what lies beside it. Raises ValueError where it is no UTF-8."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -195,10 +195,15 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
 
 
 def read_terms(path: Path) -> dict[str, str | None]:
-    """Licence and author of a set, as `IconSet` has them; also of a folder of other images."""
+    """Licence and author of a set, as `IconSet` has them; also of a folder of other images, whose
+    `info.json` may be about something else."""
     file = path if path.is_file() else path / "icons.json"
-    inside = _read_object(file).get("info") if file.is_file() else None
-    return _terms(_beside(file, "info.json", inside))
+    if file.is_file():
+        return _terms(_beside(file, "info.json", _read_object(file).get("info")))
+    try:
+        return _terms(_beside(file, "info.json", None))
+    except ValueError:
+        return _terms({})
 
 
 def _with_terms(icons: IconSet, info: Mapping[str, Any]) -> IconSet:
@@ -346,12 +351,17 @@ def _joined(
     aliases = aliases or {}
     slugs: dict[str, str] = {}  # key -> name in the set
     if chars:
+        by_points: dict[str, Any] = {}
         for points, slug in chars.items():
-            if isinstance(slug, str) and slug in drawings:
-                key = _normal(points)
-                if _is_private(key):  # which each font uses as it likes
-                    key = key_of_slug(slug, known) or f"{key}-{slug}"
-                slugs.setdefault(key, slug)
+            by_points.setdefault(_normal(points), slug)
+        for key in sorted(by_points, key=_is_private):
+            slug = by_points[key]
+            if not isinstance(slug, str) or slug not in drawings:
+                continue
+            if _is_private(key):  # which each font uses as it likes
+                own = key_of_slug(slug, known)
+                key = f"{key}-{slug}" if own is None or own in slugs else own
+            slugs[key] = slug
         if left_out := sorted(set(drawings) - set(slugs.values()) - others):
             problems.append(
                 f"{prefix}: {len(left_out)} icons, such as {printable(left_out[0])}, have no code "
@@ -443,4 +453,11 @@ def letters_of(name: str) -> str:
     """A name's letters and digits of any script, as names are compared."""
     plain = unicodedata.normalize("NFKD", name.lower()).replace("&", "and")
     plain = re.sub(r"^flag-for-(flag-)?", "flag ", plain)
-    return "".join(letter for letter in plain if letter.isalnum())
+    return "".join(letter for letter in plain if letter.isalnum() or _is_vowel_mark(letter))
+
+
+def _is_vowel_mark(letter: str) -> bool:
+    """Whether it is a mark that makes another word, as in Hindi and Japanese; accents of Latin,
+    Greek and Cyrillic letters do not count."""
+    accent = "\u0300" <= letter <= "\u036f" or letter in _SELECTORS
+    return unicodedata.category(letter)[0] == "M" and not accent

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -146,7 +147,7 @@ def locate_set(folder: Path, entry: str) -> Path:
     """
     own = Path(entry).expanduser()
     in_folder = () if entry.startswith(".") else (folder / entry, folder / f"{entry}.json")
-    for path in (*in_folder, own.resolve()):
+    for path in (*in_folder, Path(os.path.abspath(own))):
         if path.exists():
             return path
     there = sorted(path.stem for path in folder.glob("*") if not path.name.startswith("."))
@@ -161,7 +162,8 @@ def _rendered(
     icons: IconSet, size: int, folder: Path, workers: int
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Images by key, and what was left out, one line each. Both are kept in the folder of sets,
-    where it can be written, unless a drawing took too long, which the next run tries again."""
+    where it can be written. A drawing that took too long is tried again after all others, when the
+    machine is less busy."""
     require_renderer()
     digest = hashlib.sha256(f"{size} {RENDER_VERSION} {version('resvg-py')}\n".encode())
     for key, svg in icons.drawings.items():
@@ -173,10 +175,9 @@ def _rendered(
 
     too_slow: list[str] = []
 
-    def one(item: tuple[str, str]) -> np.ndarray | str:
-        key, svg = item
+    def one(key: str) -> np.ndarray | str:
         try:
-            return renderers.render(svg)
+            return renderers.render(icons.drawings[key])
         except UnusableSvg as error:
             if isinstance(error, TooSlow):
                 too_slow.append(key)
@@ -187,14 +188,12 @@ def _rendered(
             )
 
     with Renderers(size) as renderers, ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(one, icons.drawings.items()))
-    images = {
-        key: result
-        for key, result in zip(icons.drawings, results, strict=True)
-        if isinstance(result, np.ndarray)
-    }
-    problems = [result for result in results if isinstance(result, str)]
-    if images and not too_slow:
+        results = dict(zip(icons.drawings, pool.map(one, icons.drawings), strict=True))
+        for key in list(too_slow):
+            results[key] = one(key)
+    images = {key: one for key, one in results.items() if isinstance(one, np.ndarray)}
+    problems = [one for one in results.values() if isinstance(one, str)]
+    if images:
         try:
             with atomic_write(path) as beside, beside.open("wb") as file:
                 np.savez_compressed(

@@ -78,14 +78,18 @@ class Renderers:
         Raises:
             UnusableSvg: also where the drawing crashes the renderer, or takes longer than
                 `SECONDS`.
-            RuntimeError: the renderer cannot start.
+            OSError: the renderer cannot start.
         """
         try:
-            answer = self._answer(svg)
+            process = self._free.get_nowait()
+        except Empty:
+            process = self._started()
+        try:
+            answer = self._answer(process, svg)
         except EOFError:
             # Once more: something else may have ended it, such as a system that lacked memory.
             try:
-                answer = self._answer(svg)
+                answer = self._answer(self._started(), svg)
             except EOFError:
                 raise UnusableSvg("it ended the renderer") from None
         if answer[:1] == b"U":
@@ -93,12 +97,8 @@ class Renderers:
         pixels = np.frombuffer(answer[1:], np.uint8)
         return pixels.reshape(self.size, self.size, 4).copy()
 
-    def _answer(self, svg: str) -> bytes:
+    def _answer(self, process: subprocess.Popen[bytes], svg: str) -> bytes:
         """What a process says of a drawing. Raises EOFError where the process ends."""
-        try:
-            process = self._free.get_nowait()
-        except Empty:
-            process = self._started()
         start = time.monotonic()
         try:
             assert process.stdin is not None and process.stdout is not None
@@ -129,7 +129,7 @@ class Renderers:
         except EOFError:
             said = b"Eit ended at once"
         if said != b"R":
-            raise RuntimeError(
+            raise OSError(
                 f"the renderer of drawings cannot start ({said[1:].decode()}); install resvg-py "
                 "again, or give the process more memory"
             )

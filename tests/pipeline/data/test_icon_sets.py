@@ -328,6 +328,7 @@ def test_names_of_other_scripts_are_compared_by_their_own_letters(tmp_path):
     assert key_of_slug("家", index) == "1f3e0"
     assert key_of_slug("树", index) is None
     assert key_of_slug("...", index | {"": "1f436"}) is None
+    assert key_of_slug("かぎ", key_index({"1f511": "かき"})) is None
 
 
 @pytest.mark.parametrize(
@@ -345,10 +346,15 @@ def test_a_drawing_may_be_named_by_its_emoji(slug, key):
 
 
 def test_code_points_that_each_font_uses_as_it_likes_join_nothing(tmp_path):
-    icons = {"music": body("red"), "cook": body("blue")}
-    path = write_set(tmp_path, "font", icons, {"f001": "music", "f002": "cook"})
-    found = read_set(path, key_index(NAMES))
-    assert found.own_names == {"f001-music": "music", "1f9d1-200d-1f373": "cook"}
+    icons = {name: body("red") for name in ("music", "cook", "alarm-clock", "alarmclock")}
+    chars = {"f001": "music", "f002": "cook", "f003": "alarm-clock", "23f0": "alarmclock"}
+    found = read_set(write_set(tmp_path, "font", icons, chars), key_index(NAMES))
+    assert found.own_names == {
+        "23f0": "alarmclock",
+        "f001-music": "music",
+        "1f9d1-200d-1f373": "cook",
+        "f003-alarm-clock": "alarm clock",
+    }
 
 
 def test_what_lies_beside_svgs_and_is_not_read_is_named(tmp_path):

@@ -222,3 +222,26 @@ def test_an_emoji_as_a_prompt_is_asked_for_in_words():
 def test_two_styles_in_one_prompt_are_one_line(prompt):
     (line,) = KNOWN.problems(prompt)
     assert line.startswith("the prompt names the styles 'noto' and 'blob'")
+
+
+@pytest.mark.parametrize("prompt", ["the end, noto style", "end", "Polish, noto style", "a polish"])
+def test_captions_of_names_that_resemble_each_other_stay_as_they_are(prompt):
+    known = KnownPrompts(("noto",), ("the end", "end", "Polish", "polish"))
+    assert known.as_trained(prompt) == prompt
+
+
+def test_a_caption_that_could_be_read_otherwise_stays_as_it_is():
+    known = KnownPrompts(("apple", "pixel"), ("apple", "pixel"))
+    assert known.as_trained("pixel apple") == "pixel apple"
+
+
+def test_a_style_that_is_named_twice_counts_once():
+    for prompt in ("noto red heart, noto style", "red heart, noto style, noto style"):
+        assert KNOWN.problems(prompt) == []
+        assert KNOWN.as_trained(prompt) == "red heart, noto style"
+
+
+def test_a_style_that_was_not_trained_is_named_beside_one_that_was():
+    for prompt in ("noto red heart, pixel style", "noto red heart in the style of pixel"):
+        (line,) = KNOWN.problems(prompt)
+        assert line.startswith("the style 'pixel' was not trained")

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,8 +180,13 @@ def test_a_card_is_kept_with_its_images_while_the_weights_are_the_same(tmp_path)
     for name in (FILE, "samples.png"):
         first = (tmp_path / "first" / name).read_bytes()
         assert (tmp_path / "same" / name).read_bytes() == first
+    plain = pipe.defaults
+    pipe.defaults = replace(plain, temperature=0.5)
+    pipe.save_pretrained(tmp_path / "cooler")
+    pipe.defaults = plain
     with torch.no_grad():
         pipe.prior.text_embedding.weight.add_(1)
     pipe.save_pretrained(tmp_path / "other")
-    assert "samples.png" not in (tmp_path / "other" / FILE).read_text()
-    assert not (tmp_path / "other" / "samples.png").exists()
+    for name in ("cooler", "other"):
+        assert "samples.png" not in (tmp_path / name / FILE).read_text()
+        assert not (tmp_path / name / "samples.png").exists()

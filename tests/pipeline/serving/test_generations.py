@@ -7,6 +7,7 @@ import base64
 import json
 import random
 import re
+import threading
 
 import httpx
 import numpy as np
@@ -14,9 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.serving.images import Complete, Partial
 from pipeline.serving.sampler import Preview
 from pipeline.serving.schemas import GenerationRequest
 from stage1_tokenizer.pixels import image_array
+from stage2_prior import Engine
 from tests.helpers.pipelines import tiny_icons_pipeline
 from tests.helpers.serving import (
     client_of,
@@ -186,6 +189,34 @@ def test_a_stream_has_previews_and_the_image(client, pipe):
     assert images_counted(client) == before + 2
     for name, data in found:
         assert data["type"] == name and image_of(data).size == (16, 16)
+
+
+def test_previews_are_sent_while_codes_are_sampled(pipe, monkeypatch):
+    service = tiny_app(pipe).state.service
+    plain = Engine.step
+    seen = threading.Event()
+    steps = []
+
+    def waiting_in_the_sixth(engine):
+        steps.append(engine.num_active)
+        if len(steps) == 6:
+            seen.wait(120)
+        return plain(engine)
+
+    monkeypatch.setattr(Engine, "step", waiting_in_the_sixth)
+
+    async def run():
+        work = await service.generation(GenerationRequest(**HEART, stream=True, preview_every=4))
+        found = []
+        async for one in service.images(work, service.start(work), service.deadline()):
+            found.append(one)
+            seen.set()
+        return found
+
+    found = asyncio.run(run())
+    service.close()
+    assert isinstance(found[0], Partial) and isinstance(found[-1], Complete)
+    assert [one.number for one in found[:-1]] == list(range(len(found) - 1))
 
 
 def preview_of(pipe, num_known: int) -> np.ndarray:
