@@ -244,7 +244,11 @@ def _of_svgs(folder: Path, renderers: Renderers, name_of: Callable[[str], str]) 
             svg = utf8_text(read_file(file, MAX_TEXT_BYTES))
             said = utf8_text(read_file(caption, MAX_TEXT_BYTES)) if caption.is_file() else ""
         except (OSError, ValueError) as error:
-            _log.warning("%s is left out (%s)", printable(file.name), error)
+            _log.warning(
+                "%s is left out (%s); mend it, or replace it by a whole copy",
+                printable(file.name),
+                error,
+            )
             continue
         content = _rendered(svg, renderers, printable(file.stem))
         if content is not None:
