@@ -170,23 +170,22 @@ class ImageService:
         except ValueError as error:
             raise refusal(error) from error
 
+    async def from_field(
+        self, field: str, function: Callable[P, T], *arguments: P.args, **options: P.kwargs
+    ) -> T:
+        """As `from_input`, where a refusal is of this field of the request."""
+        try:
+            return await self.in_thread(function, *arguments, **options)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=field, code="invalid_value") from error
+
     async def text_ids(self, prompt: str) -> Tensor:
         """Ids of a prompt (1,T).
 
         Raises:
             ApiError: it has more tokens than the bundle reads.
         """
-        try:
-            return await self.in_thread(self.pipe.text_ids, [prompt])
-        except ValueError as error:
-            raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
-
-    async def check_length(self, candidates: list[str]) -> None:
-        """Raises ApiError where a caption has more tokens than the bundle reads."""
-        try:
-            await self.in_thread(self.pipe.text.encode, candidates)
-        except ValueError as error:
-            raise ApiError(400, str(error), param="candidates", code="invalid_value") from error
+        return await self.from_field("prompt", self.pipe.text_ids, [prompt])
 
     def log_prompt(self, request_id: str, prompt: str | list[str]) -> None:
         """Writes a prompt, or several, into the log, where the server was asked to."""

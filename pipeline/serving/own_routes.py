@@ -114,7 +114,7 @@ def own_router(service: ImageService, metrics: Metrics, state: ServerState) -> A
                 for one in body.candidates:
                     service.check_prompt(one)
                 service.log_prompt(request.state.request_id, body.candidates)
-                await service.check_length(body.candidates)
+                await service.from_field("candidates", pipe.text.encode, body.candidates)
             image = await service.from_input(decoded, body.image)
             found: list[tuple[str, float]] = []
             # In parts, each of which encodes the image: a request that is given up ends soon.

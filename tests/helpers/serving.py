@@ -126,6 +126,24 @@ class StepGate:
         monkeypatch.setattr(sampler, "Engine", Held)
 
 
+class HeldStep:
+    """Holds one step of all engines until `released` is set; `taken` has what was active in each
+    step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        self.released = threading.Event()
+        self.taken: list[int] = []
+        plain = Engine.step
+
+        def step(engine: Engine) -> list[Finished]:
+            self.taken.append(engine.num_active)
+            if len(self.taken) == number:
+                self.released.wait(120)
+            return plain(engine)
+
+        monkeypatch.setattr(Engine, "step", step)
+
+
 def image_of(data: dict[str, Any]) -> Image.Image:
     """The image of an entry of a response."""
     image = Image.open(io.BytesIO(base64.b64decode(data["b64_json"])))

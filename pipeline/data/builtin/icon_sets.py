@@ -131,7 +131,7 @@ def read_set(path: Path, known: Mapping[str, str]) -> IconSet:
             problems.append(f"{printable(file.name)} is left out: {error}")
     chars = _beside(path / "icons.json", "chars.json", None)
     joined = _joined(path.name, drawings, chars, known, problems, "chars.json")
-    return _with_terms(joined, _beside(path / "icons.json", "info.json", None))
+    return replace(joined, **_terms(_beside(path / "icons.json", "info.json", None)))
 
 
 def utf8_text(content: bytes) -> str:
@@ -191,7 +191,7 @@ def _read_iconify(path: Path, known: Mapping[str, str]) -> IconSet:
     hidden = {name for name, icon in icons.items() if isinstance(icon, dict) and icon.get("hidden")}
     others = hidden | set(drawings) - set(icons)
     joined = _joined(prefix, drawings, chars, known, problems, place, others, aliases)
-    return _with_terms(joined, _beside(path, "info.json", content.get("info")))
+    return replace(joined, **_terms(_beside(path, "info.json", content.get("info"))))
 
 
 def read_terms(path: Path) -> dict[str, str | None]:
@@ -206,18 +206,7 @@ def read_terms(path: Path) -> dict[str, str | None]:
         return _terms({})
 
 
-def _with_terms(icons: IconSet, info: Mapping[str, Any]) -> IconSet:
-    found = _terms(info)
-    return replace(
-        icons,
-        licence=found["licence"],
-        licence_url=found["licence_url"],
-        author=found["author"],
-        author_url=found["author_url"],
-    )
-
-
-def _terms(info: Mapping[str, Any]) -> dict[str, str | None]:
+def _terms(info: Mapping[str, Any]) -> dict[str, Any]:
     """What `info.json` states."""
     licence = info.get("license")
     author = info.get("author")

@@ -7,7 +7,6 @@ import base64
 import json
 import random
 import re
-import threading
 
 import httpx
 import numpy as np
@@ -19,9 +18,9 @@ from pipeline.serving.images import Complete, Partial
 from pipeline.serving.sampler import Preview
 from pipeline.serving.schemas import GenerationRequest
 from stage1_tokenizer.pixels import image_array
-from stage2_prior import Engine
 from tests.helpers.pipelines import tiny_icons_pipeline
 from tests.helpers.serving import (
+    HeldStep,
     client_of,
     events_of,
     image_of,
@@ -193,24 +192,14 @@ def test_a_stream_has_previews_and_the_image(client, pipe):
 
 def test_previews_are_sent_while_codes_are_sampled(pipe, monkeypatch):
     service = tiny_app(pipe).state.service
-    plain = Engine.step
-    seen = threading.Event()
-    steps = []
-
-    def waiting_in_the_sixth(engine):
-        steps.append(engine.num_active)
-        if len(steps) == 6:
-            seen.wait(120)
-        return plain(engine)
-
-    monkeypatch.setattr(Engine, "step", waiting_in_the_sixth)
+    sixth = HeldStep(monkeypatch, 6)
 
     async def run():
         work = await service.generation(GenerationRequest(**HEART, stream=True, preview_every=4))
         found = []
         async for one in service.images(work, service.start(work), service.deadline()):
             found.append(one)
-            seen.set()
+            sixth.released.set()
         return found
 
     found = asyncio.run(run())

@@ -13,8 +13,8 @@ from pipeline.inference.pipeline import TextToImagePipeline
 from pipeline.serving import middleware, own_routes
 from pipeline.serving.sampler import Sampler
 from pipeline.serving.schemas import GenerationRequest
-from stage2_prior import Engine
 from tests.helpers.serving import (
+    HeldStep,
     StepGate,
     client_of,
     connected,
@@ -207,30 +207,21 @@ def test_requests_that_sample_nothing_wait_in_a_bounded_queue_and_for_a_limited_
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(pipe, monkeypatch, stream):
     """Its images are cancelled long before they are complete."""
-    plain = Engine.step
+    fourth = HeldStep(monkeypatch, 4)
     cancel = Sampler.cancel
-    cancelled = threading.Event()
-    taken = []
-
-    def waiting_in_the_fourth(engine):
-        taken.append(engine.num_active)
-        if len(taken) == 4:
-            cancelled.wait(120)
-        return plain(engine)
 
     def told(sampler, job):
         cancel(sampler, job)
-        cancelled.set()
+        fourth.released.set()
 
-    monkeypatch.setattr(Engine, "step", waiting_in_the_fourth)
     monkeypatch.setattr(Sampler, "cancel", told)
     app = tiny_app(pipe, num_rows=2)
     sampler = app.state.service.sampler
     with running(app) as address:
         with connected(address, URL, HEART | {"n": 16, "stream": stream}):
-            wait_until(lambda: len(taken) == 4)
+            wait_until(lambda: len(fourth.taken) == 4)
         wait_until(lambda: not sampler.num_pending)
-    assert len(taken) <= 5  # of 128 that 16 images take, two at a time
+    assert len(fourth.taken) <= 5  # of 128 that 16 images take, two at a time
 
 
 def test_a_client_that_reads_nothing_of_its_stream_frees_its_place(pipe, monkeypatch, caplog):

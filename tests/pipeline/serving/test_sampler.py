@@ -20,7 +20,7 @@ from pipeline.serving.sampler import (
     ShuttingDown,
 )
 from stage2_prior import CompiledSteps, Engine, SamplingOptions
-from tests.helpers.serving import StepGate, client_of, serving_pipeline, wait_until
+from tests.helpers.serving import HeldStep, StepGate, client_of, serving_pipeline, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,27 @@ def test_a_cancelled_job_frees_its_place(pipe, monkeypatch):
 
     expected = pipe("a red heart", num_images_per_prompt=2, seed=4)
     assert asyncio.run(run()) == expected.codes.flatten(1).tolist()
+
+
+def test_previews_hold_the_codes_so_far(pipe, monkeypatch):
+    sixth = HeldStep(monkeypatch, 6)
+
+    async def run():
+        sampler = Sampler(pipe.prior, num_rows=2)
+        updates = []
+        async for one in sampler.submit(plan(pipe), preview_every=4).updates():
+            updates.append(one)
+            sixth.released.set()
+        sampler.close()
+        return updates
+
+    *previews, last = asyncio.run(run())
+    assert previews
+    for one in previews:
+        assert isinstance(one, Preview)
+        count = int(one.known.sum())
+        assert count in (4, 8, 12)
+        assert one.codes[:count].tolist() == last.samples.codes[0, :count].tolist()
 
 
 def failing_once(monkeypatch, error):
